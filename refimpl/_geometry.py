@@ -1,0 +1,170 @@
+"""Window arithmetic, on integers only: output sizes, padding, and which elements a tap of the kernel reads.
+
+Along one dimension, output `o` at tap `k` reads element `o * stride + k * dilation - low`; there is one if that lies in
+`[0, size)`. Everything else in this module follows from that line.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+Padding = str | tuple[tuple[int, int], ...]
+
+
+class Window(NamedTuple):
+    """How windows slide along one dimension."""
+
+    size: int
+    """The elements that the windows slide over."""
+    kernel: int
+    """Taps in a window."""
+    stride: int
+    """From one window to the next."""
+    dilation: int
+    """From one tap to the next."""
+    low: int
+    """Padding before the first element."""
+    high: int
+    """Padding after the last element."""
+    out: int
+    """How many windows there are."""
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first tap to the last."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def overreaches(self) -> bool:
+        """Whether any tap of any window lies outside the elements."""
+        return self.low > 0 or (self.out - 1) * self.stride - self.low + self.extent > self.size
+
+    @property
+    def padded(self) -> "Window":
+        """The same windows over the elements and their padding, as if the padding were elements."""
+        return self._replace(size=self.low + self.size + self.high, low=0, high=0)
+
+    def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
+        """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.
+
+        Both are slices of equal length, the second relative to `start`; None if the tap only meets padding.
+        """
+        offset = k * self.dilation - self.low
+        first = max(start, -(offset // self.stride))
+        last = min(stop, (self.size - 1 - offset) // self.stride + 1)
+        if first >= last:
+            return None
+        reads = slice(first * self.stride + offset, (last - 1) * self.stride + offset + 1, self.stride)
+        return reads, slice(first - start, last - start)
+
+    def first_empty(self) -> int | None:
+        """Return the first window that holds no element, or None. Only those that begin in padding can be empty."""
+        for o in range(min(self.out, -(-self.low // self.stride))):
+            begin = o * self.stride - self.low
+            k = -(begin // self.dilation)
+            if k >= self.kernel or begin + k * self.dilation >= self.size:
+                return o
+        last = self.out - 1
+        return max(0, -((-self.size - self.low) // self.stride)) if last * self.stride - self.low >= self.size else None
+
+
+Windows = tuple[Window, ...]
+
+
+def taps(windows: Windows, outputs: Sequence[slice]) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield every tap of the kernel, in row-major order, as `(number, reads, writes)`: see `Window.tap`.
+
+    A tap that only meets padding is left out.
+    """
+    dimensions = [
+        [window.tap(k, o.start, o.stop) for k in range(window.kernel)]
+        for window, o in zip(windows, outputs, strict=True)
+    ]
+    for number, pairs in enumerate(itertools.product(*dimensions)):
+        found = [pair for pair in pairs if pair is not None]
+        if len(found) == len(pairs):
+            yield number, tuple(reads for reads, _ in found), tuple(writes for _, writes in found)
+
+
+class Part(NamedTuple):
+    """Some taps of a kernel, with the windows that they make by themselves."""
+
+    kernel: tuple[slice, ...]
+    """Which taps, along each dimension."""
+    first: tuple[int, ...]
+    """Which output the first of the windows belongs to, along each dimension."""
+    windows: Windows
+
+    def outputs(self, windows: Sequence[slice]) -> tuple[slice, ...]:
+        """Return the outputs that a range of the windows belongs to."""
+        return tuple(slice(w.start + first, w.stop + first) for w, first in zip(windows, self.first, strict=True))
+
+
+def whole_kernel(windows: Windows) -> Part:
+    """Return all taps as one part."""
+    return Part((slice(None),) * len(windows), (0,) * len(windows), windows)
+
+
+def single_taps(windows: Windows) -> Iterator[Part]:
+    """Yield each tap as a part, with windows of one element that never lie in padding."""
+    for kernel in itertools.product(*(range(window.kernel) for window in windows)):
+        pairs = [window.tap(k, 0, window.out) for window, k in zip(windows, kernel, strict=True)]
+        found = [pair for pair in pairs if pair is not None]
+        if len(found) == len(pairs):
+            yield Part(
+                tuple(slice(k, k + 1) for k in kernel),
+                tuple(writes.start for _, writes in found),
+                tuple(
+                    Window(window.size, 1, window.stride, 1, -reads.start, 0, writes.stop - writes.start)
+                    for window, (reads, writes) in zip(windows, found, strict=True)
+                ),
+            )
+
+
+def conv_window(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str) -> Window:
+    """Return the windows of a convolution or of pooling without `ceil_mode`; `out` may come out below 1."""
+    extent = dilation * (kernel - 1) + 1
+    if padding in ("same", "same_lower"):
+        out = -(-size // stride)
+        low, high = _share(max(0, (out - 1) * stride + extent - size), padding)
+    else:
+        low, high = _pair(padding)
+        out = (size + low + high - extent) // stride + 1
+    return Window(size, kernel, stride, dilation, low, high, out)
+
+
+def pool_window(
+    size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str, ceil_mode: bool
+) -> Window:
+    """Return the windows of pooling; with `ceil_mode` the last may hang over the end, but not begin beyond it."""
+    window = conv_window(size, kernel, stride, dilation, padding)
+    if not ceil_mode or padding in ("same", "same_lower"):
+        return window
+    out = -(-(size + window.low + window.high - window.extent) // stride) + 1
+    if (out - 1) * stride >= size + window.low:
+        out -= 1
+    return window._replace(out=out)
+
+
+def transposed_window(
+    size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str, output_padding: int
+) -> Window:
+    """Return the windows of the convolution whose adjoint has `size` inputs: `window.size` is what it puts out."""
+    full = (size - 1) * stride + dilation * (kernel - 1) + 1
+    if padding in ("same", "same_lower"):
+        low, high = _share(max(0, full - size * stride), padding)
+        result = size * stride
+    else:
+        low, high = _pair(padding)
+        result = full - low - high + output_padding
+    return Window(result, kernel, stride, dilation, low, high, size)
+
+
+def _share(total: int, padding: tuple[int, int] | str) -> tuple[int, int]:
+    """Share out the total of "same": the odd one goes to the high side, with "same_lower" to the low side."""
+    half = total // 2
+    return (total - half, half) if padding == "same_lower" else (half, total - half)
+
+
+def _pair(padding: tuple[int, int] | str) -> tuple[int, int]:
+    return (0, 0) if isinstance(padding, str) else padding  # the string that is left is "valid"

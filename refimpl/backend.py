@@ -1,0 +1,254 @@
+"""Whose arrays these are, allocation beside them, and in what pieces the work is done.
+
+The only module that computes with NumPy by name, and the only one that knows that CuPy differs. Everything else takes
+the namespace of its arrays and keeps to the array API standard.
+"""
+
+import contextlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+__all__ = ["available", "limits", "namespace", "synchronize", "to_numpy"]
+
+Array: TypeAlias = Any
+"""An array of any backend: `numpy.ndarray`, `cupy.ndarray`, or one that offers `__array_namespace__`."""
+
+Tile: TypeAlias = tuple[slice, ...]
+
+
+class _Limits(NamedTuple):
+    threads: int | None
+    tile_bytes: int
+
+
+_DEFAULTS = _Limits(None, 4 << 20)
+_LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
+
+
+def namespace(*arrays: Array | None) -> ModuleType:
+    """Return the module (`numpy`, `cupy`, ...) that the arrays belong to.
+
+    Parameters
+    ----------
+    *arrays
+        Arrays of one backend, on one device; `None` stands for an argument that was left out.
+
+    Raises
+    ------
+    TypeError
+        For arrays of two backends or devices, for anything that is no array (a list, a scalar, a subclass of
+        `numpy.ndarray` such as a masked array), and if there is no array at all.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> namespace(numpy.zeros(3), None) is numpy
+    True
+    """
+    return common_namespace("namespace", {f"arrays[{i}]": array for i, array in enumerate(arrays)})
+
+
+def available() -> tuple[str, ...]:
+    """Return the names of the backends that work here: `("numpy",)`, or `("numpy", "cupy")` where a GPU answers.
+
+    Looks for CuPy by importing it; nothing else in refimpl does.
+    """
+    try:
+        import cupy
+    except ImportError:
+        return ("numpy",)
+    return ("numpy", "cupy") if cupy.is_available() else ("numpy",)
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """Return the array as a new NumPy array, copied from its device where it has one (which waits for the device)."""
+    xp = common_namespace("to_numpy", {"array": array})
+    if xp is np:
+        return np.array(array)
+    if _is_cupy(xp):
+        return np.asarray(xp.asnumpy(array))
+    return np.array(np.from_dlpack(array, device="cpu"))
+
+
+def synchronize(*arrays: Array | None) -> None:
+    """Wait until the device of the arrays has done all the work given to it; on a CPU there is nothing to wait for."""
+    xp = common_namespace("synchronize", {f"arrays[{i}]": array for i, array in enumerate(arrays)})
+    if _is_cupy(xp):
+        with next(array for array in arrays if array is not None).device as device:
+            device.synchronize()
+
+
+@contextlib.contextmanager
+def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iterator[None]:
+    """Bound what ops use inside a `with` block, in this thread or task: the limits are context variables.
+
+    Parameters
+    ----------
+    threads
+        The most CPU threads that tiles may run on, at least 1. Tiles run one after another, which is within every
+        bound; results never depend on it.
+    tile_bytes
+        The working set of one tile in bytes, at least 1: what an op allocates beyond its results. A tile holds at least
+        one output position or query row, so a small value is met as nearly as that allows. May change rounding.
+    """
+    for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise TypeError(f"limits: {name} must be an int; got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"limits: {name} must be at least 1; got {value!r}")
+    now = _LIMITS.get()
+    token = _LIMITS.set(_Limits(threads or now.threads, tile_bytes or now.tile_bytes))
+    try:
+        yield
+    finally:
+        _LIMITS.reset(token)
+
+
+def is_array(value: object) -> bool:
+    """Return whether the value is an array of some backend."""
+    return _namespace_of(value) is not None
+
+
+def common_namespace(function: str, arrays: Mapping[str, Array | None]) -> ModuleType:
+    """`namespace`, with the names of the function and of its arguments in the message."""
+    first: tuple[str, ModuleType, Any] | None = None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        xp = _namespace_of(array)
+        if xp is None:
+            raise TypeError(
+                f"{function}: {name} must be a NumPy array, a CuPy array, or one that offers __array_namespace__"
+                f"; got {type(array).__module__}.{type(array).__qualname__}"
+            )
+        if xp is np and not array.dtype.isnative:
+            raise TypeError(f"{function}: {name} must be in native byte order; got dtype {array.dtype.str}")
+        device = array.device
+        if first is None:
+            first = name, xp, device
+        elif xp is not first[1]:
+            raise TypeError(
+                f"{function}: {name} must be of the same backend as {first[0]} ({first[1].__name__}); got {xp.__name__}"
+            )
+        elif device != first[2]:
+            raise TypeError(f"{function}: {name} must be on the same device as {first[0]} ({first[2]}); got {device}")
+    if first is None:
+        raise TypeError(f"{function}: {' or '.join(arrays) or 'arrays'} must be an array; got none")
+    return first[1]
+
+
+def _namespace_of(array: Any) -> ModuleType | None:
+    if type(array) is np.ndarray:
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and type(array) is cupy.ndarray:
+        return cupy
+    # A subclass of ndarray inherits the method, and with it the claim to mean what NumPy's functions mean: a masked
+    # array or a matrix does not. One that brings a namespace of its own is taken at its word.
+    method = getattr(type(array), "__array_namespace__", None)
+    if method is None or isinstance(array, np.generic) or method is np.ndarray.__array_namespace__:
+        return None
+    return array.__array_namespace__()  # type: ignore[no-any-return]  # the standard says that it is a module
+
+
+def _is_cupy(xp: ModuleType) -> bool:
+    return xp is sys.modules.get("cupy")
+
+
+def _placement(like: Array) -> tuple[ModuleType, dict[str, Any], contextlib.AbstractContextManager[Any]]:
+    """Return the namespace of `like`, and what puts a new array beside it: creation keywords and a context."""
+    xp = common_namespace("backend", {"like": like})
+    if _is_cupy(xp):  # no device= on creation: the current device counts
+        return xp, {}, like.device
+    return xp, {"device": like.device}, contextlib.nullcontext()
+
+
+def full(shape: tuple[int, ...], value: float, like: Array, dtype: Any = None) -> Array:
+    """Return a new array of the value beside `like`; its dtype is that of `like` unless given."""
+    xp, keywords, context = _placement(like)
+    dtype = like.dtype if dtype is None else dtype
+    with context:
+        if value == 0:  # memory that is zero already: pages that are never written never count
+            return xp.zeros(shape, dtype=dtype, **keywords)
+        return xp.full(shape, value, dtype=dtype, **keywords)
+
+
+def arange(start: int, stop: int, like: Array) -> Array:
+    """Return the integers from `start` up to `stop` beside `like`, int64."""
+    xp, keywords, context = _placement(like)
+    with context:
+        return xp.arange(start, stop, dtype=xp.int64, **keywords)
+
+
+def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
+    """Return a copy of a NumPy array beside `like`."""
+    xp, keywords, context = _placement(like)
+    with context:
+        return xp.asarray(np.array(array), **keywords)
+
+
+def itemsize(array: Array) -> int:
+    """Return the bytes of one element."""
+    xp = _placement(array)[0]
+    info = xp.finfo if xp.isdtype(array.dtype, "real floating") else xp.iinfo
+    return int(info(array.dtype).bits) // 8
+
+
+def bounds(array: Array) -> tuple[int, int]:
+    """Return the smallest and the largest value of an integer array that is not empty. Waits for the device."""
+    xp, _, context = _placement(array)
+    with context:
+        return int(xp.min(array)), int(xp.max(array))
+
+
+def all_finite(array: Array) -> bool:
+    """Return whether the array holds neither NaN nor inf. Waits for the device.
+
+    One pass: NaN and inf survive every sum. A sum that overflows is taken for an inf: callers lose time, not accuracy.
+    """
+    xp, _, context = _placement(array)
+    with context, np.errstate(all="ignore"):
+        return math.isfinite(float(xp.sum(array)))
+
+
+def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:
+    """Cut an index space into tiles, so that the items of one need about `tile_bytes`.
+
+    Trailing dimensions stay whole while they fit, one dimension is cut into ranges, and those before it are walked one
+    index at a time. A tile is a slice per dimension, in row-major order; an empty space has none.
+    """
+    if 0 in shape:
+        return
+    room = max(1, _LIMITS.get().tile_bytes // max(1, item_bytes))
+    steps = []
+    for size in reversed(shape):
+        steps.append(min(size, room))
+        room = max(1, room // size)
+    ranges = [range(0, size, step) for size, step in zip(shape, reversed(steps), strict=True)]
+    for starts in itertools.product(*ranges):
+        yield tuple(slice(i, min(i + r.step, r.stop)) for i, r in zip(starts, ranges, strict=True))
+
+
+def run(
+    work: Callable[..., Any],
+    tiles: Iterable[Tile],
+    like: Array,
+    collect: Callable[[Tile, Any], None] | None = None,
+) -> None:
+    """Call `work(*tile)` for every tile, on the device of `like`, without floating-point warnings.
+
+    What `work` returns goes to `collect(tile, result)`, in the order of the tiles: sums over tiles are made there, so
+    that their order depends on the tiles alone.
+    """
+    with _placement(like)[2], np.errstate(all="ignore"):
+        for tile in tiles:
+            result = work(*tile)
+            if collect is not None:
+                collect(tile, result)

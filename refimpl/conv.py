@@ -1,0 +1,404 @@
+"""Convolution and transposed convolution, of any number of spatial dimensions.
+
+Both ops and both of their gradients are three moves on windows, each one a loop over tiles:
+
+    correlate           out = weight @ gather(x)              conv, and the dx of conv_transpose
+    correlate_dx        dx  = add_back(weight^T @ dout)       the dx of conv, and conv_transpose
+    correlate_dweight   dweight = dout @ gather(x)^T          the dweight of both
+
+N batch; C channels; G groups; I, J channels of one group that go in, and come out; T taps of the kernel; P positions
+that a tile puts out; `*S` the spatial sizes that windows slide over; `*O` how many windows there are along each.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from . import _checks, _windows, backend
+from ._geometry import Part, Windows, single_taps, whole_kernel
+from .backend import Array, Tile
+
+__all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
+
+Ints = int | Sequence[int]
+Pads = int | str | Sequence[int | Sequence[int]]
+
+
+class ConvGrads(NamedTuple):
+    """The gradients of a convolution: each has the shape of its argument; `dbias` is None if `bias` was."""
+
+    dx: Array
+    dweight: Array
+    dbias: Array | None
+
+
+def conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Pads = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Array:
+    """Convolve, as neural networks use the word: cross-correlate `x` with `weight`, and add `bias`.
+
+    Parameters
+    ----------
+    x : (N, C_in, *S) or (C_in, *S)
+        float32 or float64, with at least one spatial dimension.
+    weight : (C_out, C_in / groups, *K)
+        Its dtype and backend, like those of every array of the call, are those of `x`.
+    bias : (C_out,), optional
+    stride, dilation : int or one per spatial dimension, at least 1
+        From one window to the next, and from one tap of the kernel to the next, in elements of `x`.
+    padding : int, or an int or a (low, high) pair per spatial dimension, or a string
+        Zeros around `x`, in elements. `"valid"` is none; `"same"` pads to an output of `ceil(size / stride)`, an odd
+        one more after than before, `"same_lower"` one more before.
+    groups : int
+        Channels are cut into as many groups; those that come out see only those of their group.
+    padding_mode : str
+        `"zeros"`.
+
+    Returns
+    -------
+    (N, C_out, *O) or (C_out, *O)
+        A new array of the dtype, backend and device of `x`, with
+        `O = floor((S + low + high - dilation * (K - 1) - 1) / stride) + 1`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind, dtype or backend.
+    ValueError
+        If a size or value does not fit, and if the output would be empty.
+
+    Notes
+    -----
+    In one dimension and without groups, for every n, output channel j and window o,
+
+        out[n, j, o] = bias[j] + sum over i, k of weight[j, i, k] * x[n, i, o * stride + k * dilation - low]
+
+    where `x` is 0 outside its range. A NaN or inf in `weight` does not meet that 0: padding contributes nothing.
+
+    References
+    ----------
+    Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285, section 2 and 5.1.
+    `torch.nn.functional.conv2d` (PyTorch 2) agrees wherever it accepts the options; `"same"` with a stride is that of
+    ONNX's `SAME_UPPER` and of TensorFlow.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> conv(np.array([[[1.0, 2.0, 3.0, 4.0]]]), np.array([[[1.0, -1.0]]]))
+    array([[[-1., -1., -1.]]])
+    """
+    arrays = {"x": x, "weight": weight}
+    windows = _checks.conv("conv", arrays, bias, stride, padding, dilation, groups, padding_mode)
+    out = _correlate(_batched(x, weight), weight, windows, groups, bias)
+    return _unbatched(out, like=x)
+
+
+def conv_backward(
+    dout: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Pads = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> ConvGrads:
+    """Return the gradients of `sum(dout * conv(x, weight, bias, ...))`.
+
+    Parameters
+    ----------
+    dout
+        Of the shape, dtype and backend of what `conv` returns.
+    x, weight, bias, stride, padding, dilation, groups, padding_mode
+        As for `conv`.
+
+    Returns
+    -------
+    ConvGrads
+        `dx`, `dweight` and `dbias`, new arrays of the shapes and the dtype of `x`, `weight` and `bias`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `conv`, and if `dout` does not have the shape or dtype of the result.
+
+    Notes
+    -----
+    `out` is linear in each argument, so each gradient is the adjoint of that linear map. Per group, with
+    `columns = gather(x)` of shape (I*T, P) and `out = weight @ columns + bias`:
+
+        dcolumns = weight^T @ dout,   dx = add_back(dcolumns)
+        dweight  = dout @ columns^T   (summed over the batch)
+        dbias    = dout summed over everything but the channel
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, weight = np.array([[[1.0, 2.0, 3.0, 4.0]]]), np.array([[[1.0, -1.0]]])
+    >>> conv_backward(np.array([[[1.0, 0.0, 2.0]]]), x, weight)
+    ConvGrads(dx=array([[[ 1., -1.,  2., -2.]]]), dweight=array([[[ 7., 10.]]]), dbias=None)
+    """
+    arrays = {"x": x, "weight": weight, "dout": dout}
+    windows = _checks.conv("conv_backward", arrays, bias, stride, padding, dilation, groups, padding_mode)
+    dout, batch = _batched(dout, weight), _batched(x, weight)
+    return ConvGrads(
+        dx=_unbatched(_correlate_dx(dout, weight, windows, groups), like=x),
+        dweight=_correlate_dweight(dout, batch, weight, windows, groups),
+        dbias=None if bias is None else _sum_of_channels(dout),
+    )
+
+
+def conv_transpose(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Pads = 0,
+    output_padding: Ints = 0,
+    output_size: Ints | None = None,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Array:
+    """Apply the adjoint of `conv` in its `x` ("transposed convolution", "deconvolution"), and add `bias`.
+
+    Parameters
+    ----------
+    x : (N, C_in, *S) or (C_in, *S)
+        float32 or float64, with at least one spatial dimension.
+    weight : (C_in, C_out / groups, *K)
+        The weight of the convolution whose adjoint this is.
+    bias : (C_out,), optional
+    stride, dilation, groups
+        Those of the convolution.
+    padding
+        That of the convolution, in all its forms: here it crops the output. `"same"` crops it to `size * stride`, an
+        odd one more from the end, `"same_lower"` one more from the beginning; where there is nothing to crop
+        (a kernel shorter than the stride), the end is extended instead.
+    output_padding : int or one per spatial dimension, at least 0 and below `max(stride, dilation)`
+        Extends the output at the end: with values that `padding` would have cropped, then with the bias alone.
+    output_size : int or one per spatial dimension, optional
+        The spatial size of the output; sets `output_padding`, which must come out in `[0, stride)`.
+
+    Returns
+    -------
+    (N, C_out, *L) or (C_out, *L)
+        A new array of the dtype, backend and device of `x`, with
+        `L = (S - 1) * stride - low - high + dilation * (K - 1) + 1 + output_padding`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind, dtype or backend.
+    ValueError
+        If a size or value does not fit, and if the output would be empty.
+
+    Notes
+    -----
+    In one dimension and without groups, every element of `x` stamps the kernel, scaled, onto the output:
+
+        out[n, j, s * stride + k * dilation - low] += weight[i, j, k] * x[n, i, s]     for every n, i, j, s, k
+
+    References
+    ----------
+    Dumoulin and Visin, arXiv:1603.07285, section 4. `torch.nn.functional.conv_transpose2d` (PyTorch 2) agrees wherever
+    it accepts the options.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> conv_transpose(np.array([[[1.0, 2.0]]]), np.array([[[1.0, 10.0, 100.0]]]), stride=2)
+    array([[[  1.,  10., 102.,  20., 200.]]])
+    """
+    windows = _checks.conv_transpose(
+        "conv_transpose", {"x": x, "weight": weight}, bias,
+        stride, padding, output_padding, output_size, dilation, groups,
+    )  # fmt: skip
+    out = _correlate_dx(_batched(x, weight), weight, windows, groups, bias)
+    return _unbatched(out, like=x)
+
+
+def conv_transpose_backward(
+    dout: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: Ints = 1,
+    padding: Pads = 0,
+    output_padding: Ints = 0,
+    output_size: Ints | None = None,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> ConvGrads:
+    """Return the gradients of `sum(dout * conv_transpose(x, weight, bias, ...))`.
+
+    Parameters
+    ----------
+    dout
+        Of the shape, dtype and backend of what `conv_transpose` returns.
+    x, weight, bias, stride, padding, output_padding, output_size, dilation, groups
+        As for `conv_transpose`.
+
+    Returns
+    -------
+    ConvGrads
+        `dx`, `dweight` and `dbias`, new arrays of the shapes and the dtype of `x`, `weight` and `bias`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `conv_transpose`, and if `dout` does not have the shape or dtype of the result.
+
+    Notes
+    -----
+    `<conv_transpose(x), dout> = <x, conv(dout)>` by definition, which is symmetric in what is given and what is sought:
+    `dx` is `conv(dout)` with the same weight, and `dweight` is that of a convolution with the roles of its input and of
+    its gradient exchanged:
+
+        dx = weight @ gather(dout),   dweight = x @ gather(dout)^T,   dbias = dout summed
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, weight = np.array([[[1.0, 2.0]]]), np.array([[[1.0, 10.0, 100.0]]])
+    >>> conv_transpose_backward(np.array([[[0.0, 1.0, 0.0, 0.0, 3.0]]]), x, weight, stride=2)
+    ConvGrads(dx=array([[[ 10., 300.]]]), dweight=array([[[0., 1., 6.]]]), dbias=None)
+    """
+    windows = _checks.conv_transpose(
+        "conv_transpose_backward", {"x": x, "weight": weight, "dout": dout}, bias,
+        stride, padding, output_padding, output_size, dilation, groups,
+    )  # fmt: skip
+    dout, batch = _batched(dout, weight), _batched(x, weight)
+    return ConvGrads(
+        dx=_unbatched(_correlate(dout, weight, windows, groups), like=x),
+        dweight=_correlate_dweight(batch, dout, weight, windows, groups),
+        dbias=None if bias is None else _sum_of_channels(dout),
+    )
+
+
+def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
+    """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
+    out = _biased((x.shape[0], weight.shape[0], *(w.out for w in windows)), bias, like=x)
+    for part in _parts(weight, windows):
+        _correlate_part(out, x, weight[(..., *part.kernel)], part, groups)
+    return out
+
+
+def _correlate_part(out: Array, x: Array, weight: Array, part: Part, groups: int) -> None:
+    xp = backend.namespace(x)
+    weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
+
+    def work(n: slice, *o: slice) -> None:
+        columns = _grouped(_windows.gather(x, (n,), part.windows, o), groups, weight_g.shape[2])
+        product = weight_g @ columns  # (G, J, I*T) @ (N, G, I*T, P)
+        place = (n, ..., *part.outputs(o))
+        out[place] += xp.reshape(product, out[place].shape)
+
+    backend.run(work, _tiles(x, weight, part.windows), x)
+
+
+def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
+    """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S)."""
+    xp = backend.namespace(dout)
+    dx = _biased((dout.shape[0], weight.shape[1] * groups, *(w.size for w in windows)), bias, like=dout)
+    weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
+    weight_t = xp.matrix_transpose(weight_g)
+
+    def work(n: slice, *o: slice) -> None:
+        part = dout[(n, ..., *o)]
+        dcolumns = weight_t @ _grouped(part, groups, weight_g.shape[1])  # (G, I*T, J) @ (N, G, J, P)
+        dcolumns = xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
+        _windows.add_back(dcolumns, dx, (n,), windows, o)
+
+    backend.run(work, _tiles(dx, weight, windows), dout)
+    return dx
+
+
+def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
+    """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`."""
+    dweight = backend.full(tuple(weight.shape), 0, x)
+    for part in _parts(dout, windows):
+        _correlate_dweight_part(dweight, dout, x, part, groups)
+    return dweight
+
+
+def _correlate_dweight_part(dweight: Array, dout: Array, x: Array, part: Part, groups: int) -> None:
+    xp = backend.namespace(x)
+    place = (..., *part.kernel)
+    shape = dweight[place].shape
+
+    def work(n: slice, *o: slice) -> Array:
+        columns = _grouped(_windows.gather(x, (n,), part.windows, o), groups, math.prod(shape[1:]))
+        douts = _grouped(dout[(n, ..., *part.outputs(o))], groups, shape[0] // groups)
+        return xp.sum(douts @ xp.matrix_transpose(columns), axis=0)  # (N, G, J, P) @ (N, G, P, I*T)
+
+    def collect(_: Tile, product: Array) -> None:
+        dweight[place] += xp.reshape(product, shape)
+
+    backend.run(work, _tiles(x, dweight, part.windows), x, collect)
+
+
+def _parts(factor: Array, windows: Windows) -> list[Part]:
+    """Cut the kernel so that `factor`, which is multiplied by gathered taps, multiplies no padding if that matters.
+
+    It does where a NaN or inf would meet the zero of a tap in padding: then every tap is a part of its own.
+    """
+    if not any(w.overreaches for w in windows) or backend.all_finite(factor):
+        return [whole_kernel(windows)]
+    return list(single_taps(windows))
+
+
+def _grouped(array: Array, groups: int, rows: int) -> Array:
+    """Return an array (N, G*rows or G*I, T, ..., *O) as (N, G, rows, P)."""
+    positions = math.prod(array.shape[1:]) // (groups * rows)
+    return backend.namespace(array).reshape(array, (array.shape[0], groups, rows, positions))
+
+
+def _biased(shape: tuple[int, ...], bias: Array | None, like: Array) -> Array:
+    """Return a new array that holds the bias of each channel, or 0."""
+    out = backend.full(shape, 0, like)
+    if bias is not None:
+        out[...] = backend.namespace(bias).reshape(bias, (-1, *(1 for _ in shape[2:])))
+    return out
+
+
+def _sum_of_channels(dout: Array) -> Array:
+    """Return the sum over everything but the channel: (N, C, *O) -> (C,)."""
+    xp = backend.namespace(dout)
+    dbias = backend.full((dout.shape[1],), 0, dout)
+
+    def work(n: slice) -> Array:
+        return xp.sum(dout[n, ...], axis=(0, *range(2, dout.ndim)))
+
+    def collect(_: Tile, part: Array) -> None:
+        dbias[...] += part
+
+    backend.run(work, backend.tiles(dout.shape[:1], math.prod(dout.shape[1:]) * backend.itemsize(dout)), dout, collect)
+    return dbias
+
+
+def _tiles(x: Array, weight: Array, windows: Windows) -> Iterator[Tile]:
+    """Cut batch and windows into tiles; a window costs its columns and what comes out of them."""
+    per_window = x.shape[1] * math.prod(w.kernel for w in windows) + weight.shape[0]
+    return backend.tiles((x.shape[0], *(w.out for w in windows)), per_window * backend.itemsize(x))
+
+
+def _batched(array: Array, weight: Array) -> Array:
+    """Give an array that came without a batch dimension one of size 1."""
+    return array if array.ndim == weight.ndim else array[None, ...]
+
+
+def _unbatched(array: Array, like: Array) -> Array:
+    """Take away the batch dimension again if `like` has none."""
+    return array if array.ndim == like.ndim else backend.namespace(array).reshape(array, array.shape[1:])
