@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
         if keys is None:
             return
         p, logsumexp[tile], visible = _probabilities(call, tile, keys)
-        out[tile] = _weighted_sum(call, p, visible, _take(call.value, (*tile[:-1], keys)))
+        out[(*tile, ...)] = _weighted_sum(call, p, visible, _take(call.value, (*tile[:-1], keys)))
 
     backend.run(work, call.tiles(4), query)
     out = backend.namespace(query).reshape(out, call.shape)
@@ -410,9 +410,10 @@ def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) 
     """
     if visible is None:
         return weights @ x
-    if call.finite:
-        return weights @ x + 0.0
     xp = backend.namespace(x)
+    total = weights @ xp.where(xp.isfinite(x), x, 0.0) + 0.0
+    if call.finite:
+        return total
 
     def meets(pairs: Array, values: Array) -> Array:
         return xp.astype(pairs, x.dtype) @ xp.astype(values, x.dtype) > 0
@@ -421,5 +422,6 @@ def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) 
     up = meets(weights > 0, infinite & (x > 0)) | meets(weights < 0, infinite & (x < 0))
     down = meets(weights > 0, infinite & (x < 0)) | meets(weights < 0, infinite & (x > 0))
     neither = meets(visible, xp.isnan(x)) | meets(visible & (weights == 0), infinite)
-    special = xp.where(up, math.inf, 0.0) - xp.where(down, math.inf, 0.0) + xp.where(neither, math.nan, 0.0)
-    return weights @ xp.where(xp.isfinite(x), x, 0.0) + special
+    total = xp.where(up, total + math.inf, total)
+    total = xp.where(down, total - math.inf, total)
+    return xp.where(neither, math.nan, total)

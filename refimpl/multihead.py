@@ -243,7 +243,9 @@ def _split(x: Array, num_heads: int) -> Array:
 def _join(heads: Array) -> Array:
     """Concatenate the heads: (..., H, L, D / H) -> (..., L, D)."""
     xp = backend.namespace(heads)
-    joined = xp.moveaxis(heads, -3, -2)
+    moved = xp.moveaxis(heads, -3, -2)
+    joined = backend.full(tuple(moved.shape), 0, heads)  # a copy in any case: a reshape may be a view
+    joined[...] = moved
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
 
@@ -254,7 +256,8 @@ def _apply(x: Array, linear: _Linear) -> Array:
     shift = 0.0 if linear.bias is None else linear.bias
 
     def work(*rows: slice) -> None:
-        y[rows] = xp.reshape(_rows(x[rows]) @ xp.matrix_transpose(linear.weight) + shift, y[rows].shape)
+        at = (*rows, ...)
+        y[at] = xp.reshape(_rows(x[at]) @ xp.matrix_transpose(linear.weight) + shift, y[at].shape)
 
     backend.run(work, _tiles(x, linear), x)
     return y
@@ -268,9 +271,10 @@ def _apply_backward(dy: Array, x: Array, linear: _Linear) -> tuple[Array, _Linea
     dbias = None if linear.bias is None else backend.full(tuple(linear.bias.shape), 0, x)
 
     def work(*rows: slice) -> tuple[Array, Array]:
-        part = _rows(dy[rows])  # (rows, D)
-        dx[rows] = xp.reshape(part @ linear.weight, dx[rows].shape)
-        return xp.matrix_transpose(part) @ _rows(x[rows]), xp.sum(part, axis=0)
+        at = (*rows, ...)
+        part = _rows(dy[at])  # (rows, D)
+        dx[at] = xp.reshape(part @ linear.weight, dx[at].shape)
+        return xp.matrix_transpose(part) @ _rows(x[at]), xp.sum(part, axis=0)
 
     def collect(_: Tile, parts: tuple[Array, Array]) -> None:
         dweight[...] += parts[0]

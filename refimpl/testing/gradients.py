@@ -126,7 +126,10 @@ def _slots(f: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, An
 def _named(f: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> list[tuple[str, int | str, Any]]:
     """Return `(name, place, argument)` for every argument, the name from the signature of `f` where it has one."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in inspect.signature(f).parameters.values() if p.kind in kinds]
+    try:
+        names = [p.name for p in inspect.signature(f).parameters.values() if p.kind in kinds]
+    except ValueError:  # a built-in function may have none
+        names = []
     names += [f"arrays[{i}]" for i in range(len(names), len(arrays))]
     positional: list[tuple[str, int | str, Any]] = [(names[i], i, given) for i, given in enumerate(arrays)]
     return positional + [(name, name, given) for name, given in options.items()]
@@ -158,15 +161,12 @@ def _by_name(gradients: Any, slots: list[_Slot]) -> dict[str, Array]:
 
 def _checked(gradient: Array, slot: _Slot) -> np.ndarray[Any, Any]:
     """Check that a gradient is an array like its argument; returns it as a NumPy array."""
-    for what, came, due in (
-        ("backend and device", (type(gradient), getattr(gradient, "device", None)), (type(slot.array), slot.array.device)),
-        ("shape", getattr(gradient, "shape", None), slot.array.shape),
-        ("dtype", getattr(gradient, "dtype", None), slot.array.dtype),
-    ):  # fmt: skip
+    if type(gradient) is not type(slot.array):
+        raise AssertionError(f"check_gradients: d{slot.name} must be a {type(slot.array)}; got {type(gradient)}")
+    for what in ("device", "shape", "dtype"):
+        came, due = getattr(gradient, what), getattr(slot.array, what)
         if came != due:
-            raise AssertionError(
-                f"check_gradients: d{slot.name} must have the {what} of its argument, {due}; got {came}"
-            )
+            raise AssertionError(f"check_gradients: d{slot.name} must have {what} {due}; got {came}")
     return backend.to_numpy(gradient)
 
 

@@ -1,0 +1,156 @@
+"""Convolution and its transpose against loops, as adjoints of each other, and in the corners."""
+
+import itertools
+
+import cases
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refimpl
+from refimpl import conv, conv_backward, conv_transpose, conv_transpose_backward
+
+
+def ramp(*shape):
+    """Whole numbers without a pattern that a mistake could hide in."""
+    size = int(np.prod(shape))
+    return ((np.arange(size) * 7 + 3) % 11 - 5).reshape(shape).astype(float)
+
+
+@pytest.mark.parametrize("op", ["conv", "conv_transpose"])
+@given(data=st.data())
+def test_agrees_with_loops(op, data):
+    case = data.draw(cases.EVERY_OP[op](kind="integers"))
+    out = case.f(*case.arrays, **case.options)
+    dout = ramp(*out.shape)
+    expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
+    for actual, reference in zip((out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True):
+        np.testing.assert_array_equal(actual, reference)
+
+
+@given(case=cases.conv(kind="integers"))
+def test_gradients_are_adjoints(case):
+    x, weight, _ = case.arrays
+    out = conv(x, weight, **case.options)
+    dout = ramp(*out.shape)
+    grads = conv_backward(dout, x, weight, **case.options)
+    assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
+
+
+@given(case=cases.conv_transpose(kind="integers"))
+def test_transposed_gradients_are_adjoints(case):
+    x, weight, _ = case.arrays
+    out = conv_transpose(x, weight, **case.options)
+    dout = ramp(*out.shape)
+    grads = conv_transpose_backward(dout, x, weight, **case.options)
+    assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
+
+
+@pytest.mark.parametrize("padding", [0, 1, ((2, 0),), "valid", "same", "same_lower"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_transpose_is_the_adjoint_of_conv(stride, padding):
+    weight, dout_size = ramp(4, 3, 4), 3
+    options = {"stride": stride, "padding": padding, "groups": 2}
+    y = ramp(2, 4, dout_size)
+    x = conv_transpose(y, weight, **options)
+    other = ramp(*x.shape)
+    assert conv(other, weight, **options).shape == y.shape
+    assert np.sum(x * other) == np.sum(y * conv(other, weight, **options))
+
+
+@pytest.mark.parametrize(("size", "stride", "kernel"), list(itertools.product([1, 4, 7], [1, 2, 3], [1, 2, 5])))
+def test_same_keeps_the_size_divided_by_the_stride(size, stride, kernel):
+    x, weight = ramp(1, 1, size), ramp(1, 1, kernel)
+    out = conv(x, weight, stride=stride, padding="same")
+    assert out.shape[-1] == -(-size // stride)
+    total = max(0, (out.shape[-1] - 1) * stride + kernel - size)
+    np.testing.assert_array_equal(out, conv(x, weight, stride=stride, padding=[(total // 2, total - total // 2)]))
+    lower = conv(x, weight, stride=stride, padding="same_lower")
+    np.testing.assert_array_equal(lower, conv(x, weight, stride=stride, padding=[(total - total // 2, total // 2)]))
+
+
+@pytest.mark.parametrize(("size", "stride", "kernel"), list(itertools.product([1, 4], [1, 2, 3], [1, 2, 5])))
+def test_transposed_same_multiplies_the_size_by_the_stride(size, stride, kernel):
+    x, weight = ramp(1, 1, size), ramp(1, 1, kernel)
+    whole = conv_transpose(x, weight, stride=stride)
+    whole = np.pad(whole, ((0, 0), (0, 0), (0, max(0, stride - kernel))))
+    crop = whole.shape[-1] - size * stride
+    same = conv_transpose(x, weight, stride=stride, padding="same")
+    np.testing.assert_array_equal(same, whole[..., crop // 2 : whole.shape[-1] - (crop - crop // 2)])
+    lower = conv_transpose(x, weight, stride=stride, padding="same_lower")
+    np.testing.assert_array_equal(lower, whole[..., crop - crop // 2 : whole.shape[-1] - crop // 2])
+
+
+def test_output_padding_exposes_what_padding_had_cropped():
+    x, weight, bias = ramp(1, 1, 3), ramp(1, 1, 3), np.array([10.0])
+    whole = conv_transpose(x, weight, bias, stride=2)
+    np.testing.assert_array_equal(
+        conv_transpose(x, weight, bias, stride=2, padding=1, output_padding=1), whole[..., 1:]
+    )
+    beyond = conv_transpose(x, weight, bias, stride=2, output_padding=1)
+    np.testing.assert_array_equal(beyond, np.concatenate([whole, [[[10.0]]]], axis=-1))
+
+
+def test_output_size_is_output_padding_under_another_name():
+    x, weight = ramp(2, 3, 4, 4), ramp(3, 2, 3, 3)
+    for size in (9, 10):
+        sized = conv_transpose(x, weight, stride=2, output_size=(size, 9))
+        padded = conv_transpose(x, weight, stride=2, output_padding=(size - 9, 0))
+        np.testing.assert_array_equal(sized, padded)
+
+
+def test_a_batch_of_one_may_be_left_out():
+    x, weight, bias = ramp(2, 5, 6), ramp(3, 2, 2, 3), ramp(3)
+    out = conv(x, weight, bias)
+    np.testing.assert_array_equal(out, conv(x[None], weight, bias)[0])
+    assert conv_backward(ramp(*out.shape), x, weight, bias).dx.shape == x.shape
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_padding_never_meets_what_is_not_finite(backend, value):
+    """Only outputs whose window holds an element under the bad tap see it; the same for the taps in dweight."""
+    x, weight = ramp(1, 2, 5, 4), ramp(3, 2, 3, 3)
+    x = np.where(x == 0, 1.0, x)
+    weight[1, 0, 0, 2] = value  # reads one row above, one column to the right
+    out = refimpl.backend.to_numpy(conv(*backend.arrays((x, weight)), padding=1))
+    bad = np.zeros(out.shape, dtype=bool)
+    bad[0, 1, 1:, :-1] = True
+    assert (np.isfinite(out) == ~bad).all()
+    clean = np.where(np.isfinite(weight), weight, 0.0)
+    np.testing.assert_allclose(out[~bad], conv(x, clean, padding=1)[~bad], rtol=1e-13)
+    dout = ramp(1, 3, 5, 4)
+    dout[0, 2, 0, 3] = value  # the corner: taps above it and to its right lie in padding
+    dweight = conv_backward(*backend.arrays((dout, x, clean)), padding=1).dweight
+    met = np.zeros(weight.shape, dtype=bool)
+    met[2, :, 1:, :2] = True
+    assert (np.isfinite(refimpl.backend.to_numpy(dweight)) == ~met).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_cropping_never_meets_what_is_not_finite(value):
+    x, weight = np.ones((1, 1, 3)), np.ones((1, 1, 3))
+    weight[0, 0, 0] = value
+    out = conv_transpose(x, weight, padding=1)  # tap 0 of element 0 is cropped
+    assert np.isfinite(out).tolist() == [[[False, False, True]]]
+    grads = conv_transpose_backward(np.ones((1, 1, 3)), x, weight, padding=1)
+    assert np.isfinite(grads.dx).tolist() == [[[True, False, False]]]
+    x[0, 0, 0] = value
+    grads = conv_transpose_backward(np.ones((1, 1, 3)), x, np.ones((1, 1, 3)), padding=1)
+    assert np.isfinite(grads.dweight).tolist() == [[[True, False, False]]]
+
+
+def test_what_is_not_finite_in_x_reaches_the_windows_that_hold_it():
+    x, weight = np.ones((1, 1, 8)), np.ones((1, 1, 3))
+    x[0, 0, 3] = np.nan
+    assert np.isnan(conv(x, weight, padding=1)).tolist() == [[[False, False, True, True, True, False, False, False]]]
+
+
+def test_many_dimensions():
+    x, weight = ramp(1, 2, 2, 3, 2, 3), ramp(2, 1, 2, 1, 2, 2)
+    out = conv(x, weight, padding=1, groups=2)
+    dout = ramp(*out.shape)
+    expected = oracles.conv(dout, x, weight, padding=1, groups=2)
+    for actual, reference in zip((out, *conv_backward(dout, x, weight, padding=1, groups=2)), expected, strict=True):
+        np.testing.assert_array_equal(actual, reference)

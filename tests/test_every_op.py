@@ -1,0 +1,153 @@
+"""What holds for every op: its gradient, and everything that the rules of the library promise."""
+
+import numpy as np
+import pytest
+from cases import EVERY_OP
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refimpl
+from refimpl.testing import check_gradients
+
+each_op = pytest.mark.parametrize("op", EVERY_OP)
+
+
+def flat(result):
+    """Return every array in what an op or its backward returned, in order; None is kept."""
+    if isinstance(result, dict):
+        result = tuple(result.values())
+    return [item for part in result for item in flat(part)] if isinstance(result, tuple) else [result]
+
+
+def numbers(result):
+    return [None if array is None else refimpl.backend.to_numpy(array) for array in flat(result)]
+
+
+def both(case, seed=0, dtype=np.float64, backend=None):
+    """Return the results of the op and of its backward for a random `dout` of whole numbers."""
+    arrays, options = (case.arrays, case.options) if backend is None else backend.arrays((case.arrays, case.options))
+    out = case.f(*arrays, **options)
+    dout = np.random.default_rng(seed).integers(-3, 4, size=out.shape).astype(dtype)
+    return out, case.f_backward(dout if backend is None else backend.array(dout), *arrays, **options)
+
+
+def same(left, right):
+    """Whether two lists of NumPy arrays are equal to the bit, 0 and -0 alike."""
+    return all(
+        (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@each_op
+@given(data=st.data())
+def test_gradient_is_the_derivative(backend, op, data):
+    case = data.draw(EVERY_OP[op]())
+    arrays, options = backend.arrays((case.arrays, case.options))
+    check_gradients(case.f, case.f_backward, *arrays, **options)
+
+
+@each_op
+@given(data=st.data())
+def test_results_are_of_the_backend_and_do_not_depend_on_it(backend, op, data):
+    case = data.draw(EVERY_OP[op]())
+    expected = numbers(both(case))
+    results = flat(both(case, backend=backend))
+    assert all(backend.owns(array) for array in results if array is not None)
+    for actual, reference in zip(numbers(tuple(results)), expected, strict=True):
+        if reference is None:
+            assert actual is None
+        else:
+            np.testing.assert_allclose(actual, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["conv", "conv_transpose", "max_pool", "avg_pool"])
+@given(data=st.data())
+def test_whole_numbers_agree_to_the_bit(backend, op, data):
+    case = data.draw(EVERY_OP[op](kind="integers"))
+    with refimpl.backend.limits(tile_bytes=data.draw(st.sampled_from([1, 200, 1 << 22]))):
+        results = numbers(both(case, backend=backend))
+    assert same(results, numbers(both(case)))
+
+
+@each_op
+@given(data=st.data())
+def test_small_tiles_change_nothing_but_rounding(op, data):
+    case = data.draw(EVERY_OP[op]())
+    expected = numbers(both(case))
+    with refimpl.backend.limits(tile_bytes=data.draw(st.integers(1, 2000))):
+        results = numbers(both(case))
+    for actual, reference in zip(results, expected, strict=True):
+        if reference is not None:
+            np.testing.assert_allclose(actual, reference, rtol=1e-12, atol=1e-12)
+
+
+@each_op
+@given(data=st.data())
+def test_the_same_call_gives_the_same_bits(op, data):
+    case = data.draw(EVERY_OP[op]())
+    first = [None if a is None else a.tobytes() for a in numbers(both(case))]
+    with refimpl.backend.limits(threads=data.draw(st.integers(1, 4))):
+        assert [None if a is None else a.tobytes() for a in numbers(both(case))] == first
+
+
+@each_op
+@given(data=st.data())
+def test_float32_is_computed_in_float32(backend, op, data):
+    case = data.draw(EVERY_OP[op]())
+    expected = numbers(both(case))
+    results = numbers(both(case.cast(np.float32), dtype=np.float32, backend=backend))
+    for actual, reference in zip(results, expected, strict=True):
+        if reference is not None:
+            assert actual.dtype == np.float32
+            np.testing.assert_allclose(
+                actual, reference, rtol=2e-4, atol=2e-4 * max(1.0, np.abs(reference).max(initial=0))
+            )
+
+
+@each_op
+@given(data=st.data())
+def test_results_are_new_and_arguments_untouched(op, data):
+    case = data.draw(EVERY_OP[op]())
+    given_arrays = [a for a in flat((case.arrays, case.options)) if isinstance(a, np.ndarray)]
+    before = [a.tobytes() for a in given_arrays]
+    out = case.f(*case.arrays, **case.options)
+    dout = np.random.default_rng(0).normal(size=out.shape)
+    kept = dout.tobytes()
+    results = [out, *flat(case.f_backward(dout, *case.arrays, **case.options))]
+    assert [a.tobytes() for a in given_arrays] == before
+    assert dout.tobytes() == kept
+    for array in results:
+        if array is not None:
+            assert array.flags.c_contiguous
+            assert array.flags.writeable
+            assert not any(np.may_share_memory(array, other) for other in [*given_arrays, dout] if array.size)
+
+
+@each_op
+@given(data=st.data())
+def test_gradients_have_the_shapes_of_their_arguments(op, data):
+    case = data.draw(EVERY_OP[op]())
+    _, gradients = both(case)
+    if not isinstance(gradients, tuple):
+        assert gradients.shape == case.arrays[0].shape
+        return
+    names = ["query", "key", "value", "params"] if "attention" in op else ["x", "weight", "bias"]
+    arguments = dict(zip(names, case.arrays, strict=False)) | case.options
+    for field, gradient in zip(gradients._fields, gradients, strict=True):
+        argument = arguments.get(field.removeprefix("d"))
+        if argument is None:
+            assert gradient is None
+        elif isinstance(argument, dict):
+            assert {k: a.shape for k, a in gradient.items()} == {k: a.shape for k, a in argument.items()}
+        else:
+            assert gradient.shape == argument.shape
+
+
+def test_no_floating_point_warning_leaves_the_library():
+    huge = np.full((1, 1, 4), 1e300)
+    with np.errstate(all="raise"):
+        refimpl.conv(huge, np.full((1, 1, 2), 1e300))
+        refimpl.avg_pool(huge, 2, stride=1)
+        refimpl.scaled_dot_product_attention(huge, huge, huge)
+        refimpl.scaled_dot_product_attention_backward(huge, huge, huge, huge, mask=np.zeros((4, 4), bool)[:1, :1])

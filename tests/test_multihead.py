@@ -1,0 +1,61 @@
+"""Multi-head attention against loops, and against its own parts."""
+
+import cases
+import numpy as np
+import oracles
+from hypothesis import given
+
+from refimpl import multi_head_attention, multi_head_attention_backward, scaled_dot_product_attention
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+@given(case=cases.multi_head())
+def test_agrees_with_loops(case):
+    out = multi_head_attention(*case.arrays, **case.options)
+    np.testing.assert_allclose(out, oracles.multi_head_attention(*case.arrays, **case.options), rtol=1e-11, atol=1e-12)
+
+
+def test_one_head_without_projections_is_attention():
+    query, key, value = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 6)
+    out = multi_head_attention(query, key, value, num_heads=1, is_causal=True)
+    np.testing.assert_array_equal(out, scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+def test_heads_are_consecutive_runs_of_features():
+    """Splitting is *into* `num_heads` parts: 12 features and 3 heads make 3 parts of 4."""
+    query, key, value = normal(3, 12), normal(5, 12), normal(5, 6)
+    out = multi_head_attention(query, key, value, num_heads=3)
+    for h in range(3):
+        q, k, v = query[:, 4 * h : 4 * h + 4], key[:, 4 * h : 4 * h + 4], value[:, 2 * h : 2 * h + 2]
+        np.testing.assert_allclose(out[:, 2 * h : 2 * h + 2], scaled_dot_product_attention(q, k, v), rtol=1e-13)
+
+
+def test_packed_and_separate_weights_are_the_same():
+    x, weight, bias, out = normal(2, 3, 4), normal(12, 4), normal(12), normal(4, 4)
+    packed = {"in_proj_weight": weight, "in_proj_bias": bias, "out_proj.weight": out}
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    separate = {**dict(zip(names, np.split(weight, 3), strict=True)), "in_proj_bias": bias, "out_proj.weight": out}
+    dout = normal(2, 3, 4, seed=1)
+    np.testing.assert_array_equal(
+        multi_head_attention(x, x, x, packed, num_heads=2), multi_head_attention(x, x, x, separate, num_heads=2)
+    )
+    of_packed = multi_head_attention_backward(dout, x, x, x, packed, num_heads=2)
+    of_separate = multi_head_attention_backward(dout, x, x, x, separate, num_heads=2)
+    assert list(of_packed.dparams) == list(packed)
+    assert list(of_separate.dparams) == list(separate)
+    np.testing.assert_array_equal(
+        of_packed.dparams["in_proj_weight"], np.concatenate([of_separate.dparams[name] for name in names])
+    )
+
+
+def test_self_attention_with_one_array_sums_its_gradients():
+    x, params = normal(3, 4), {"in_proj_weight": normal(12, 4), "out_proj.weight": normal(4, 4)}
+    dout = normal(3, 4, seed=1)
+    grads = multi_head_attention_backward(dout, x, x, x, params, num_heads=2)
+    step = 1e-5 * normal(3, 4, seed=2)
+    above, below = (multi_head_attention(y, y, y, params, num_heads=2) for y in (x + step, x - step))
+    dx = grads.dquery + grads.dkey + grads.dvalue
+    np.testing.assert_allclose(np.sum(dx * step), np.sum(dout * (above - below)) / 2, rtol=1e-7)
