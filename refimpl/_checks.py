@@ -156,7 +156,7 @@ def conv(
         conv_window(x.shape[d - spatial], weight.shape[2 + d], strides[d], dilations[d], _pad(pads, d))
         for d in range(spatial)
     )
-    _fits(function, "weight", windows)
+    _fits(function, x, "weight", windows)
     _result(function, arrays, (*x.shape[:axis], weight.shape[0], *(w.out for w in windows)))
     return windows
 
@@ -261,12 +261,15 @@ def _pad(pads: Padding, d: int) -> tuple[int, int] | str:
     return pads if isinstance(pads, str) else pads[d]
 
 
-def _fits(function: str, kernel: str, windows: Windows) -> None:
-    for d, window in enumerate(windows):
+def _fits(function: str, x: Array, kernel: str, windows: Windows) -> None:
+    """Check that a window fits into `x` and its padding, along each dimension."""
+    for axis, window in enumerate(windows, start=x.ndim - len(windows)):
         if window.out < 1:
-            rule = f"fit into the padded input in spatial dimension {d} ({window.low} + {window.size} + {window.high})"
-            got = f"{window.kernel} taps over {window.extent} elements"
-            _fail(ValueError, function, kernel, rule, got)
+            rule = (
+                f"be at least {window.extent} with its padding, the extent of {kernel} with dilation {window.dilation}"
+            )
+            got = f"{window.size}, padding {window.low} and {window.high}"
+            _fail(ValueError, function, f"x.shape[{axis}]", rule, got)
 
 
 def pool(
@@ -296,7 +299,7 @@ def pool(
         pool_window(x.shape[d - spatial], kernels[d], strides[d], dilations[d], _pad(pads, d), ceil)
         for d in range(spatial)
     )
-    _fits(function, "kernel_size", windows)
+    _fits(function, x, "kernel_size", windows)
     for d, window in enumerate(windows):
         empty = window.first_empty()
         if empty is not None:
@@ -482,14 +485,16 @@ def _features(
 ) -> int:
     """Check the features, before and after projection; returns those of the result."""
     inner = {"query": int(query.shape[-1]), "key": int(key.shape[-1]), "value": int(value.shape[-1])}
-    what = "features"
     if params is not None:
-        inner, what = _parameter_shapes(function, inner, params), "projected features"
-    if inner["key"] != inner["query"]:
-        _fail(ValueError, function, f"the {what} of key", f"be as many as of query ({inner['query']})", inner["key"])
+        inner = _parameter_shapes(function, inner, params)
+    elif inner["key"] != inner["query"]:
+        _fail(ValueError, function, "key.shape[-1]", f"equal query.shape[-1] ({inner['query']})", inner["key"])
+    what = "features" if params is None else "projected features"
     for name, size in inner.items():
-        if size % heads or (size == 0 and name != "value"):
-            _fail(ValueError, function, f"the {what} of {name}", f"be a multiple of num_heads ({heads})", size)
+        if size % heads:
+            _fail(ValueError, function, "num_heads", f"divide the {what} of {name} ({size})", heads)
+    if inner["query"] == 0:
+        _fail(ValueError, function, "query", f"have at least 1 of the {what} in each head", "0")
     return inner["value"] if params is None else int(params["out_proj.weight"].shape[0])
 
 
@@ -539,7 +544,7 @@ def _parameter_shapes(function: str, features: dict[str, int], params: Mapping[s
     else:
         inner = {name: rows(weight) for name, weight in zip(features, _SEPARATE, strict=True)}
         for (name, size), weight in zip(features.items(), _SEPARATE, strict=True):
-            expect(weight, (inner[name], size))
+            expect(weight, (inner["query"] if name == "key" else inner[name], size))
     expect("in_proj_bias", (sum(inner.values()),))
     expect("out_proj.weight", (rows("out_proj.weight"), inner["value"]))
     expect("out_proj.bias", (rows("out_proj.weight"),))

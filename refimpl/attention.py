@@ -199,22 +199,27 @@ def scaled_dot_product_attention_backward(
     dquery, dkey, dvalue = (backend.full(tuple(a.shape), 0, a) for a in (call.query, call.key, call.value))
     dbias = None if call.bias is None else backend.full(tuple(call.bias.shape), 0, query)
 
-    def work(*tile: slice) -> None:
+    def work(*tile: slice) -> list[tuple[Array, Tile, Array]]:
         keys = call.visible_keys(tile)
         if keys is None:
-            return
-        rows, columns, pairs = tile, (*tile[:-1], keys), (*tile, keys)
-        q, k, v, do = _take(call.query, rows), _take(call.key, columns), _take(call.value, columns), _take(dout, rows)
+            return []
+        columns = (*tile[:-1], keys)
+        q, k, v, do = _take(call.query, tile), _take(call.key, columns), _take(call.value, columns), _take(dout, tile)
         p, _, visible = _probabilities(call, tile, keys)
+        dv = _transposed_sum(call, p, visible, do)
         dp = _select(visible, do @ xp.matrix_transpose(v))
         ds = _select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
-        _accumulate(dvalue, columns, _transposed_sum(call, p, visible, do))
-        _accumulate(dquery, rows, call.scale * _weighted_sum(call, ds, visible, k))
-        _accumulate(dkey, columns, call.scale * _transposed_sum(call, ds, visible, q))
-        if dbias is not None:
-            _accumulate(dbias, pairs, ds)
+        dq = call.scale * _weighted_sum(call, ds, visible, k)
+        dk = call.scale * _transposed_sum(call, ds, visible, q)
+        parts = [(dquery, tile, dq), (dkey, columns, dk), (dvalue, columns, dv)]
+        return parts if dbias is None else [*parts, (dbias, (*tile, keys), ds)]
 
-    backend.run(work, call.tiles(6), query)
+    def collect(_: Tile, parts: list[tuple[Array, Tile, Array]]) -> None:
+        for total, at, part in parts:
+            _accumulate(total, at, part)
+
+    keys_and_values = call.key.shape[-2] * (call.key.shape[-1] + call.value.shape[-1]) * backend.itemsize(query)
+    backend.run(work, call.tiles(6), query, collect, result_bytes=keys_and_values)
     return AttentionGrads(
         dquery=xp.reshape(dquery, query.shape),
         dkey=xp.reshape(dkey, key.shape),

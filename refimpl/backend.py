@@ -4,16 +4,22 @@ The only module that computes with NumPy by name, and the only one that knows th
 the namespace of its arrays and keeps to the array API standard.
 """
 
+import collections
 import contextlib
+import functools
 import itertools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 __all__ = ["available", "limits", "namespace", "synchronize", "to_numpy"]
 
@@ -28,7 +34,8 @@ class _Limits(NamedTuple):
     tile_bytes: int
 
 
-_DEFAULTS = _Limits(None, 4 << 20)
+_DEFAULTS = _Limits(threads=None, tile_bytes=16 << 20)
+_AHEAD_BYTES = 64 << 20  # of results that wait for their turn
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
 
@@ -92,11 +99,11 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
     Parameters
     ----------
     threads
-        The most CPU threads that tiles may run on, at least 1. Tiles run one after another, which is within every
-        bound; results never depend on it.
+        How many CPU threads tiles run on, at least 1. Unless set, as many as the environment variable
+        `REFIMPL_NUM_THREADS` says when it is first needed, or as the process may use cores. Results never depend on it.
     tile_bytes
-        The working set of one tile in bytes, at least 1: what an op allocates beyond its results. A tile holds at least
-        one output position or query row, so a small value is met as nearly as that allows. May change rounding.
+        The working set of one tile in bytes, at least 1: what one thread allocates beyond the results. A tile holds at
+        least one output position or query row, so a small value is met as nearly as that allows. May change rounding.
     """
     for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
@@ -241,14 +248,126 @@ def run(
     tiles: Iterable[Tile],
     like: Array,
     collect: Callable[[Tile, Any], None] | None = None,
+    result_bytes: int = 0,
 ) -> None:
-    """Call `work(*tile)` for every tile, on the device of `like`, without floating-point warnings.
+    """Call `work(*tile)` for every tile, beside `like`, without floating-point warnings.
 
-    What `work` returns goes to `collect(tile, result)`, in the order of the tiles: sums over tiles are made there, so
-    that their order depends on the tiles alone.
+    On NumPy, tiles run on threads, several at a time, so `work` may write only what belongs to its tile alone. What
+    several tiles add to is returned instead, and handed to `collect(tile, result)` in the order of the tiles: no sum
+    depends on timing, or on how many threads there are. BLAS runs on one thread meanwhile, for the same reason, and
+    because its threads and ours would wait for each other. Results of `result_bytes` each that wait for their turn take
+    no more than a bounded amount of memory.
     """
-    with _placement(like)[2], np.errstate(all="ignore"):
+    xp, _, context = _placement(like)
+    with context, np.errstate(all="ignore"), contextlib.nullcontext() if _is_cupy(xp) else _BLAS:
+        tiles = iter(tiles)
+        first = list(itertools.islice(tiles, 2))
+        threads = _LIMITS.get().threads or _usable_cores()
+        ahead = max(1, min(2 * threads, _AHEAD_BYTES // max(1, result_bytes)))
+        if xp is np and threads > 1 and len(first) > 1:
+            in_order = _on_threads(work, itertools.chain(first, tiles), threads, ahead)
+        else:
+            in_order = _one_by_one(work, itertools.chain(first, tiles))
+        with contextlib.closing(in_order) as results:
+            for tile, result in results:
+                if collect is not None:
+                    collect(tile, result)
+
+
+def _one_by_one(work: Callable[..., Any], tiles: Iterable[Tile]) -> Generator[tuple[Tile, Any], None, None]:
+    for tile in tiles:
+        yield tile, work(*tile)
+
+
+def _on_threads(
+    work: Callable[..., Any], tiles: Iterable[Tile], threads: int, ahead: int
+) -> Generator[tuple[Tile, Any], None, None]:
+    """Yield the results in the order of the tiles, while the next ones are computed; none is left running."""
+
+    def quiet(tile: Tile) -> Any:
+        with np.errstate(all="ignore"):  # a context variable: the one of the caller is not seen here
+            return work(*tile)
+
+    pool, pending = _pool(threads), collections.deque[tuple[Tile, Future[Any]]]()
+
+    def oldest() -> tuple[Tile, Any]:
+        result = pending[0][1].result()  # taken off only afterwards: this may be interrupted
+        return pending.popleft()[0], result
+
+    try:
         for tile in tiles:
-            result = work(*tile)
-            if collect is not None:
-                collect(tile, result)
+            if len(pending) == ahead:
+                yield oldest()
+            pending.append((tile, pool.submit(quiet, tile)))
+        while pending:
+            yield oldest()
+    finally:  # an error or Ctrl-C may have come
+        for _, future in pending:
+            future.cancel()
+        wait(future for _, future in pending)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="refimpl")
+
+
+@functools.cache
+def _usable_cores() -> int:
+    """Return `REFIMPL_NUM_THREADS` if it is set, and else how many cores this process may use."""
+    wanted = os.environ.get("REFIMPL_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _OneBlasThread:
+    """Holds BLAS to one thread while any call is inside: the limit is the process's, so calls are counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = [library.num_threads for library in _blas_libraries()]
+                self._set([1] * len(self._before))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(self._before)
+
+    def forked(self) -> None:
+        """Start anew in a child process, where the calls that were inside have no thread to leave in."""
+        if self._inside:
+            self._set(self._before)
+        self.__init__()  # type: ignore[misc]  # there is nobody else yet
+
+    @staticmethod
+    def _set(numbers: list[int]) -> None:
+        for library, number in zip(_blas_libraries(), numbers, strict=True):
+            library.set_num_threads(number)
+
+
+@functools.cache
+def _blas_libraries() -> list[Any]:
+    """Return the BLAS libraries that NumPy brought along; finding them takes milliseconds, so it is done once."""
+    found: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return found
+
+
+def _forked() -> None:
+    """Forget, in a child process, the threads that only its parent has."""
+    _pool.cache_clear()
+    _BLAS.forked()
+
+
+_BLAS = _OneBlasThread()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -315,13 +315,15 @@ def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bia
     weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
     weight_t = xp.matrix_transpose(weight_g)
 
-    def work(n: slice, *o: slice) -> None:
+    def work(n: slice, *o: slice) -> Array:
         part = dout[(n, ..., *o)]
         dcolumns = weight_t @ _grouped(part, groups, weight_g.shape[1])  # (G, I*T, J) @ (N, G, J, P)
-        dcolumns = xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
-        _windows.add_back(dcolumns, dx, (n,), windows, o)
+        return xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
 
-    backend.run(work, _tiles(dx, weight, windows), dout)
+    def collect(tile: Tile, dcolumns: Array) -> None:
+        _windows.add_back(dcolumns, dx, tile[:1], windows, tile[1:])
+
+    backend.run(work, _tiles(dx, weight, windows), dout, collect)
     return dx
 
 

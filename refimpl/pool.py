@@ -149,14 +149,16 @@ def max_pool_backward(
     xp = backend.namespace(x)
     dx = backend.full(tuple(x.shape), 0, x)
 
-    def work(*tile: slice) -> None:
-        found = _first(x, _maximum(x, windows, tile), windows, tile) if indices is None else indices[tile]
+    def work(*tile: slice) -> Array:
+        return indices[tile] if indices is not None else _first(x, _maximum(x, windows, tile), windows, tile)
+
+    def collect(tile: Tile, found: Array) -> None:
         lead, outputs = _split(tile, windows)
         for element, reads, writes in _elements(x, windows, outputs):
             place = (..., *writes)
             dx[(*lead, *reads)] += xp.where(found[place] == element, dout[tile][place], 0.0)
 
-    backend.run(work, _tiles(x, windows), x)
+    backend.run(work, _tiles(x, windows), x, collect)
     return dx
 
 
@@ -280,13 +282,15 @@ def avg_pool_backward(
     dx = backend.full(tuple(x.shape), 0, x)
     divide = _divider(x, windows, count_include_pad, divisor_override)
 
-    def work(*tile: slice) -> None:
+    def work(*tile: slice) -> Array:
+        return divide(dout[tile], _split(tile, windows)[1])
+
+    def collect(tile: Tile, share: Array) -> None:
         lead, outputs = _split(tile, windows)
-        share = divide(dout[tile], outputs)
         for _, reads, writes in taps(windows, outputs):
             dx[(*lead, *reads)] += share[(..., *writes)]
 
-    backend.run(work, _tiles(x, windows), x)
+    backend.run(work, _tiles(x, windows), x, collect)
     return dx
 
 

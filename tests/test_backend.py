@@ -1,0 +1,269 @@
+"""Whose arrays these are, tiles, and the loop over them: order, threads, limits, errors."""
+
+import contextvars
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import array_api_strict
+import numpy as np
+import pytest
+from backends import Guarded
+from hypothesis import given
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
+
+import refimpl
+from refimpl import backend as be
+
+
+def test_namespace_of_each_backend(backend):
+    array = backend.array(np.ones(3))
+    xp = be.namespace(array, None, array)
+    assert backend.owns(xp.zeros_like(array))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ((), "namespace: arrays must be an array; got none"),
+        ((None,), r"namespace: arrays\[0\] must be an array; got none"),
+        (([1.0],), r"namespace: arrays\[0\] must be a NumPy array.*; got builtins.list"),
+        ((np.ones(1), 1.0), r"namespace: arrays\[1\] must be a NumPy array.*; got builtins.float"),
+        ((np.float64(1),), "got numpy.float64"),
+        ((np.ma.ones(1),), "got numpy.ma.*MaskedArray"),
+        ((np.ones((1, 1)).view(np.matrix),), "got numpy.*matrix"),
+        ((np.ones(1, dtype=">f4"),), "native byte order; got dtype >f4"),
+        ((np.ones(1), array_api_strict.ones(1)), r"same backend as arrays\[0\] \(numpy\); got array_api_strict"),
+        (
+            (array_api_strict.ones(1), array_api_strict.ones(1, device=array_api_strict.Device("device1"))),
+            r"arrays\[1\] must be on the same device as arrays\[0\]",
+        ),
+    ],
+)
+def test_namespace_refuses_a_mixture(arrays, message):
+    with pytest.raises(TypeError, match=message):
+        be.namespace(*arrays)
+
+
+def test_to_numpy_gives_a_new_array_of_the_same_values(backend):
+    for dtype in (np.float64, np.float32, np.int64, np.bool_):
+        values = np.arange(6).reshape(2, 3).astype(dtype)
+        array = backend.array(values)
+        copy = be.to_numpy(array)
+        assert type(copy) is np.ndarray
+        np.testing.assert_array_equal(copy, values)
+        copy[...] = 0
+        np.testing.assert_array_equal(be.to_numpy(array), values)
+
+
+def test_synchronize_takes_arrays_of_any_backend(backend):
+    assert be.synchronize(backend.array(np.ones(1)), None) is None
+    with pytest.raises(TypeError, match=r"^synchronize: "):
+        be.synchronize([1])
+
+
+def test_numpy_is_always_available():
+    assert be.available() in (("numpy",), ("numpy", "cupy"))
+
+
+def test_guarded_arrays_refuse_to_be_looked_at():
+    """The guard must guard, or the tests that run on it show nothing."""
+    array = np.ones(1).view(Guarded)
+    for look in (bool, float, int, list, lambda a: a.item(), lambda a: a.tolist(), lambda a: range(a)):
+        with pytest.raises(AssertionError, match="on a GPU"):
+            look(array)
+    total = be.namespace(array).sum(array)
+    with pytest.raises(AssertionError, match="on a GPU"):
+        float(total)
+
+
+@given(shape=st.lists(st.integers(0, 6), min_size=1, max_size=4), room=st.integers(1, 200))
+def test_tiles_cover_every_item_once_in_order_within_the_limit(shape, room):
+    seen = np.zeros(shape, dtype=int)
+    starts = []
+    with be.limits(tile_bytes=8 * room):
+        for tile in be.tiles(tuple(shape), 8):
+            assert seen[tile].size <= max(room, 1)
+            seen[tile] += 1
+            starts.append(tuple(s.start for s in tile))
+    assert (seen == 1).all()
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_are_collected_in_order(threads):
+    order = []
+
+    def work(part):
+        time.sleep(0.002 * (part.start % 3))
+        return part.start
+
+    with be.limits(threads=threads, tile_bytes=8):
+        be.run(work, be.tiles((20,), 8), np.ones(1), collect=lambda tile, result: order.append((tile[0].start, result)))
+    assert order == [(i, i) for i in range(20)]
+
+
+def test_no_more_tiles_run_at_once_than_there_are_threads():
+    running, most, lock = set(), [0], threading.Lock()
+
+    def work(part):
+        with lock:
+            running.add(part.start)
+            most[0] = max(most[0], len(running))
+        time.sleep(0.005)
+        with lock:
+            running.discard(part.start)
+
+    with be.limits(threads=3, tile_bytes=8):
+        be.run(work, be.tiles((30,), 8), np.ones(1))
+    assert 1 <= most[0] <= 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
+    before = blas_threads()
+    started = []
+
+    def work(part):
+        started.append(part.start)
+        if part.start == 2:
+            raise MemoryError("no room")
+        time.sleep(0.01)
+
+    with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no room"):
+        be.run(work, be.tiles((1000,), 8), np.ones(1))
+    count = len(started)
+    time.sleep(0.05)
+    assert len(started) == count < 100
+    assert blas_threads() == before
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_blas_has_one_thread_inside_and_as_many_as_before_outside():
+    before = blas_threads()
+    inside = []
+
+    def work(part):
+        inside.append(blas_threads())
+        if part.start == 0:  # a nested call
+            be.run(lambda _: inside.append(blas_threads()), [(slice(0, 1),)], np.ones(1))
+            inside.append(blas_threads())
+
+    be.run(work, [(slice(0, 1),)], np.ones(1))
+    assert inside == [[1] * len(before)] * 3
+    assert blas_threads() == before
+
+
+def test_eight_callers_at_once_share_one_limit():
+    before, outcomes = blas_threads(), []
+    x, weight = np.random.default_rng(0).normal(size=(2, 4, 20, 20)), np.random.default_rng(1).normal(size=(4, 4, 3, 3))
+    expected = refimpl.conv(x, weight)
+    barrier = threading.Barrier(8)
+
+    def call():
+        barrier.wait()
+        with be.limits(tile_bytes=50_000):
+            for _ in range(10):
+                outcomes.append(np.allclose(refimpl.conv(x, weight), expected, rtol=1e-13))
+
+    callers = [threading.Thread(target=call) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert outcomes == [True] * 80
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("name", ["threads", "tile_bytes"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("2", TypeError)]
+)
+def test_wrong_limits(name, value, error):
+    with pytest.raises(error, match=f"^limits: {name} must .*; got "), be.limits(**{name: value}):
+        pass
+
+
+def test_limits_nest_and_belong_to_their_context():
+    def pieces():
+        return len(list(be.tiles((64,), 1)))
+
+    with be.limits(tile_bytes=32):
+        assert pieces() == 2
+        with be.limits(tile_bytes=16):
+            assert pieces() == 4
+            with be.limits(threads=1):
+                assert pieces() == 4
+        assert pieces() == 2
+        assert contextvars.Context().run(pieces) == 1
+    assert pieces() == 1
+
+
+def test_threads_are_a_number_of_the_environment():
+    code = "import refimpl.backend as b; print(b._usable_cores())"
+    for value, cores in (("3", 3), ("", None), ("many", None)):
+        environment = os.environ | {"REFIMPL_NUM_THREADS": value}
+        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+        assert int(printed) == (cores or len(os.sched_getaffinity(0)))
+
+
+def _child(queue):
+    x = np.ones((4, 2, 30, 30))
+    with be.limits(threads=2, tile_bytes=20_000):
+        queue.put((refimpl.conv(x, np.ones((2, 2, 3, 3))).sum(), blas_threads()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_computes_with_threads_of_its_own():
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Queue(), fork.Queue()
+    _child(here)  # the pool of this process has threads now, which a fork does not inherit
+    before = blas_threads()
+    ready, release = threading.Event(), threading.Event()
+
+    def hold(_):
+        ready.set()
+        release.wait(timeout=30)
+
+    holder = threading.Thread(target=be.run, args=(hold, [(slice(0, 1),)], np.ones(1)))
+    holder.start()  # BLAS is held to one thread at the moment of the fork
+    ready.wait(timeout=30)
+    child = fork.Process(target=_child, args=(there,))
+    child.start()
+    result = there.get(timeout=60)
+    child.join(timeout=60)
+    release.set()
+    holder.join()
+    assert child.exitcode == 0
+    assert result == (here.get(timeout=10)[0], before)
+
+
+def test_ctrl_c_stops_between_tiles():
+    code = """
+import numpy as np, threading, refimpl.backend as b
+from threadpoolctl import threadpool_info
+def blas(): return [i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"]
+before, done = blas(), []
+def work(part):
+    if not done: print("started", flush=True)
+    done.append(threading.Event().wait(0.02))
+try:
+    with b.limits(threads=2, tile_bytes=8): b.run(work, b.tiles((100000,), 8), np.ones(1))
+except KeyboardInterrupt:
+    count = len(done); threading.Event().wait(0.2)
+    print("stopped", count == len(done) < 5000, blas() == before)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert output.splitlines()[-1] == "stopped True True"

@@ -1,0 +1,321 @@
+"""Every wrong argument gets an error that names the function, the argument, the rule and what came."""
+
+import re
+
+import array_api_strict
+import numpy as np
+import pytest
+
+import refimpl
+
+ATTENTION, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention"
+X, WEIGHT, BIAS = np.ones((2, 4, 5, 6)), np.ones((6, 2, 3, 3)), np.ones(6)
+QUERY, KEY, VALUE = np.ones((2, 4, 3, 8)), np.ones((2, 2, 5, 8)), np.ones((2, 2, 5, 7))
+TOKENS, MEMORY = np.ones((2, 3, 8)), np.ones((2, 5, 8))
+PARAMS = {
+    "in_proj_weight": np.ones((24, 8)),
+    "in_proj_bias": np.ones(24),
+    "out_proj.weight": np.ones((8, 8)),
+    "out_proj.bias": np.ones(8),
+}
+SEPARATE = {
+    "q_proj_weight": np.ones((8, 8)),
+    "k_proj_weight": np.ones((8, 8)),
+    "v_proj_weight": np.ones((6, 8)),
+    "out_proj.weight": np.ones((5, 6)),
+}
+
+VALID = {
+    "conv": {"x": X, "weight": WEIGHT, "bias": BIAS, "groups": 2},
+    "conv_transpose": {"x": np.ones((2, 6, 5, 6)), "weight": WEIGHT, "bias": np.ones(4), "groups": 2},
+    "max_pool": {"x": X, "kernel_size": 2},
+    "avg_pool": {"x": X, "kernel_size": 2},
+    ATTENTION: {"query": QUERY, "key": KEY, "value": VALUE},
+    MULTI_HEAD: {"query": TOKENS, "key": MEMORY, "value": MEMORY, "params": PARAMS, "num_heads": 2},
+}
+
+# What is no array, for any argument that must be one: (value, error, rule).
+NO_ARRAY = [
+    ([[1.0]], TypeError, "be a NumPy array"),
+    (3.0, TypeError, "be a NumPy array"),
+    ("text", TypeError, "be a NumPy array"),
+    (np.float64(3), TypeError, "be a NumPy array"),
+    (np.ma.ones((2, 2)), TypeError, "be a NumPy array"),
+]
+NO_FLOATING = [
+    *NO_ARRAY,
+    (np.ones((2, 2), dtype=np.complex128), TypeError, "float32 or float64"),
+    (np.ones((2, 2), dtype=bool), TypeError, "float32 or float64"),
+    (np.ones((2, 2), dtype=object), TypeError, "float32 or float64"),
+    (np.ones((2, 2), dtype=">f8"), TypeError, "native byte order"),
+    (array_api_strict.ones((2, 2)), TypeError, "same backend"),
+]
+NO_INT = [(1.5, TypeError, "int"), ("1", TypeError, "int"), (True, TypeError, "int"), (None, TypeError, "int")]
+NO_FLAG = [(1, TypeError, "True or False"), (None, TypeError, "True or False"), ("yes", TypeError, "True or False")]
+NO_SIZES = [
+    *NO_INT,
+    (0, ValueError, "at least 1"),
+    (-1, ValueError, "at least 1"),
+    ((1,), ValueError, "2 dimensions"),
+    ((1, 1, 1), ValueError, "2 dimensions"),
+    ((1, 0), ValueError, "at least 1"),
+    ((1, 1.0), TypeError, "be an int"),
+    (np.ones(2, dtype=int), TypeError, "be an int"),
+]
+NO_PADDING = [
+    (-1, ValueError, "at least 0"),
+    (0.5, TypeError, "be an int"),
+    (None, TypeError, "be an int"),
+    ("full", ValueError, "'valid', 'same' or 'same_lower'"),
+    ((1,), ValueError, "2 dimensions"),
+    ((1, 2, 3), ValueError, "2 dimensions"),
+    (((1, 2, 3), 1), ValueError, "pair"),
+    (((1, -1), 1), ValueError, "at least 0"),
+    (((1, "1"), 1), TypeError, "be an int"),
+]
+
+# (op, argument, wrong value, error, rule): the other arguments are those of VALID.
+WRONG = [
+    *(("conv", name, *case) for name in ("x", "weight", "bias") for case in NO_FLOATING),
+    *(("conv", name, None, TypeError, "be an array") for name in ("x", "weight")),
+    *(("conv", name, *case) for name in ("stride", "dilation") for case in NO_SIZES),
+    *(("conv", "padding", *case) for case in NO_PADDING),
+    *(("conv", "groups", *case) for case in NO_INT),
+    ("conv", "groups", 0, ValueError, "at least 1"),
+    ("conv", "groups", 4, ValueError, r"weight.shape\[1\] \* groups \(2 \* 4 = 8\)"),
+    ("conv", "groups", 3, ValueError, r"weight.shape\[1\] \* groups"),
+    ("conv", "padding_mode", "mirror", ValueError, "'zeros'"),
+    ("conv", "padding_mode", None, TypeError, "be a string"),
+    ("conv", "x", X.astype(np.float32), TypeError, "same dtype"),
+    ("conv", "weight", WEIGHT.astype(np.float32), TypeError, "same dtype as x"),
+    ("conv", "bias", BIAS.astype(np.float32), TypeError, "same dtype as x"),
+    ("conv", "x", np.ones((4, 5)), ValueError, "4 dimensions, or 3"),
+    ("conv", "x", np.ones((1, 2, 4, 5, 6)), ValueError, "4 dimensions, or 3"),
+    ("conv", "x", np.ones((2, 5, 5, 6)), ValueError, r"\(2 \* 2 = 4\)"),
+    ("conv", "x", np.ones((2, 4, 0, 6)), ValueError, "at least 1"),
+    ("conv", "x", np.ones((2, 0, 5, 6)), ValueError, "at least 1"),
+    ("conv", "x", np.ones((2, 4, 2, 6)), ValueError, "be at least"),
+    ("conv", "weight", np.ones((6, 2)), ValueError, "at least 3 dimensions"),
+    ("conv", "weight", np.ones((0, 2, 3, 3)), ValueError, "at least 1"),
+    ("conv", "weight", np.ones((6, 2, 0, 3)), ValueError, "at least 1"),
+    ("conv", "weight", np.ones((5, 2, 3, 3)), ValueError, r"multiple of groups \(2\)"),
+    ("conv", "weight", np.ones((6, 2, 6, 3)), ValueError, "be at least"),
+    ("conv", "bias", np.ones(5), ValueError, r"shape \(6,\)"),
+    ("conv", "bias", np.ones((6, 1)), ValueError, r"shape \(6,\)"),
+    ("conv", "dilation", 3, ValueError, "be at least"),
+    ("conv", "padding", 2**62, ValueError, "result"),
+    *(("conv_transpose", name, *case) for name in ("x", "weight", "bias") for case in NO_FLOATING),
+    *(("conv_transpose", name, *case) for name in ("stride", "dilation") for case in NO_SIZES),
+    *(("conv_transpose", "padding", *case) for case in NO_PADDING),
+    *(("conv_transpose", "output_padding", *case) for case in NO_INT),
+    ("conv_transpose", "output_padding", -1, ValueError, "at least 0"),
+    ("conv_transpose", "output_padding", 1, ValueError, r"below max\(stride, dilation\) \(1\)"),
+    ("conv_transpose", "output_padding", (0, 0, 0), ValueError, "2 dimensions"),
+    ("conv_transpose", "output_size", "9", TypeError, "int"),
+    ("conv_transpose", "output_size", (7.0, 8), TypeError, "int"),
+    ("conv_transpose", "output_size", (7,), ValueError, "2 dimensions"),
+    ("conv_transpose", "output_size", (6, 8), ValueError, r"in \[7, 8\)"),
+    ("conv_transpose", "output_size", (7, 9), ValueError, r"in \[8, 9\)"),
+    ("conv_transpose", "output_size", 0, ValueError, "at least 1"),
+    ("conv_transpose", "padding", 4, ValueError, "output size of at least 1"),
+    ("conv_transpose", "groups", 4, ValueError, r"multiple of groups \(4\)"),
+    ("conv_transpose", "x", np.ones((2, 5, 5, 6)), ValueError, r"weight.shape\[0\] \(6\)"),
+    ("conv_transpose", "bias", np.ones(6), ValueError, r"shape \(4,\)"),
+    ("conv_transpose", "stride", 2**62, ValueError, "result"),
+    *((op, "x", *case) for op in ("max_pool", "avg_pool") for case in NO_ARRAY),
+    *(
+        (op, "x", np.ones((2, 2, 2), dtype=d), TypeError, "float")
+        for op in ("max_pool", "avg_pool")
+        for d in (bool, complex)
+    ),
+    *((op, "x", None, TypeError, "be an array") for op in ("max_pool", "avg_pool")),
+    *((op, "stride", *case) for op in ("max_pool", "avg_pool") for case in NO_SIZES if case[0] is not None),
+    *((op, "dilation", *case) for op in ("max_pool", "avg_pool") for case in NO_SIZES),
+    *((op, "padding", *case) for op in ("max_pool", "avg_pool") for case in NO_PADDING),
+    *((op, "ceil_mode", *case) for op in ("max_pool", "avg_pool") for case in NO_FLAG),
+    *((op, "kernel_size", *case) for op in ("max_pool", "avg_pool") for case in NO_INT),
+    *((op, "kernel_size", 0, ValueError, "at least 1") for op in ("max_pool", "avg_pool")),
+    *((op, "kernel_size", (), ValueError, "1 to 4 entries") for op in ("max_pool", "avg_pool")),
+    *((op, "kernel_size", (1,) * 5, ValueError, "1 to 4 entries") for op in ("max_pool", "avg_pool")),
+    *((op, "kernel_size", 7, ValueError, "be at least") for op in ("max_pool", "avg_pool")),
+    *((op, "x", np.ones((2, 3)), ValueError, "at least 3 dimensions") for op in ("max_pool", "avg_pool")),
+    *((op, "x", np.ones((2, 3, 0)), ValueError, "at least 1") for op in ("max_pool", "avg_pool")),
+    *((op, "padding", 2, ValueError, "every window") for op in ("max_pool", "avg_pool")),
+    *((op, "padding", ((0, 3), 0), ValueError, "every window") for op in ("max_pool", "avg_pool")),
+    *(("max_pool", "return_indices", *case) for case in NO_FLAG),
+    ("avg_pool", "x", np.ones((2, 4, 5, 6), dtype=int), TypeError, "float32 or float64"),
+    *(("avg_pool", "count_include_pad", *case) for case in NO_FLAG),
+    *(("avg_pool", "divisor_override", *case) for case in NO_INT if case[0] is not None),
+    ("avg_pool", "divisor_override", 0, ValueError, "other than 0"),
+    *((ATTENTION, n, *case) for n in ("query", "key", "value", "bias") for case in NO_FLOATING),
+    *((ATTENTION, n, None, TypeError, "be an array") for n in ("query", "key", "value")),
+    (ATTENTION, "query", np.ones(8), ValueError, "at least 2 dimensions"),
+    (ATTENTION, "query", np.ones((2, 4, 3, 0)), ValueError, "at least 1 feature"),
+    (ATTENTION, "query", np.ones((2, 3, 3, 8)), ValueError, r"multiple of those of key \(2\)"),
+    (ATTENTION, "query", np.ones((3, 4, 3, 8)), ValueError, "broadcast"),
+    (ATTENTION, "query", np.ones((2, 0, 3, 8)), ValueError, "at least 1 head"),
+    (ATTENTION, "key", np.ones((2, 2, 5, 7)), ValueError, r"query.shape\[-1\] \(8\)"),
+    (ATTENTION, "value", np.ones((2, 2, 4, 7)), ValueError, r"key.shape\[-2\] \(5\)"),
+    (ATTENTION, "value", np.ones((2, 1, 5, 7)), ValueError, r"as many heads as key \(2\)"),
+    (ATTENTION, "bias", np.ones((3, 4)), ValueError, r"scores, \(2, 4, 3, 5\)"),
+    (ATTENTION, "bias", np.ones((1, 2, 4, 3, 5)), ValueError, "scores"),
+    *((ATTENTION, n, *case) for n in ("mask", "key_lengths", "query_lengths") for case in NO_ARRAY),
+    (ATTENTION, "mask", np.ones((3, 5)), TypeError, "dtype bool"),
+    (ATTENTION, "mask", np.ones((3, 5), dtype=int), TypeError, "dtype bool"),
+    (ATTENTION, "mask", np.ones((3, 4), dtype=bool), ValueError, "scores"),
+    (
+        ATTENTION,
+        "mask",
+        array_api_strict.ones((3, 5), dtype=array_api_strict.bool),
+        TypeError,
+        "backend",
+    ),
+    *((ATTENTION, n, *case) for n in ("is_causal", "return_logsumexp") for case in NO_FLAG),
+    (ATTENTION, "window", 3, TypeError, "pair"),
+    (ATTENTION, "window", "ab", TypeError, "pair"),
+    (ATTENTION, "window", (1,), ValueError, "pair"),
+    (ATTENTION, "window", (1, -1), ValueError, "at least 0"),
+    (ATTENTION, "window", (1.0, 1), TypeError, "be an int"),
+    (ATTENTION, "query_offset", 1.0, TypeError, "integer array"),
+    (ATTENTION, "query_offset", None, TypeError, "integer array"),
+    (ATTENTION, "query_offset", True, TypeError, "integer array"),
+    (ATTENTION, "query_offset", np.ones(2), TypeError, "integer dtype"),
+    (ATTENTION, "query_offset", np.ones(3, dtype=int), ValueError, r"batch dimensions, \(2,\)"),
+    (ATTENTION, "key_lengths", np.ones(2), TypeError, "integer dtype"),
+    (ATTENTION, "key_lengths", np.array([5, 6]), ValueError, r"in \[0, 5\]"),
+    (ATTENTION, "key_lengths", np.array([-1, 5]), ValueError, r"in \[0, 5\]"),
+    (ATTENTION, "key_lengths", np.ones((2, 4), dtype=int), ValueError, "batch dimensions"),
+    (ATTENTION, "query_lengths", np.array([4, 0]), ValueError, r"in \[0, 3\]"),
+    (ATTENTION, "query_lengths", np.array([True, False]), TypeError, "integer dtype"),
+    (ATTENTION, "scale", "1", TypeError, "number"),
+    (ATTENTION, "scale", np.nan, ValueError, "finite"),
+    (ATTENTION, "scale", np.inf, ValueError, "finite"),
+    (ATTENTION, "scale", 10**400, ValueError, "finite"),
+    (ATTENTION, "scale", np.ones(()), TypeError, "number"),
+    (ATTENTION, "scale", True, TypeError, "number"),
+    *((MULTI_HEAD, n, *case) for n in ("query", "key", "value", "bias") for case in NO_FLOATING),
+    *((MULTI_HEAD, "num_heads", *case) for case in NO_INT),
+    (MULTI_HEAD, "num_heads", 0, ValueError, "at least 1"),
+    (MULTI_HEAD, "num_heads", 3, ValueError, r"divide the projected features of query \(8\)"),
+    (MULTI_HEAD, "query", np.ones(8), ValueError, "at least 2 dimensions"),
+    (MULTI_HEAD, "query", np.ones((2, 3, 7)), ValueError, r"query.shape\[-1\] \(7\)"),
+    (MULTI_HEAD, "query", np.ones((3, 3, 8)), ValueError, "broadcast"),
+    (MULTI_HEAD, "value", np.ones((2, 4, 8)), ValueError, r"key.shape\[-2\] \(5\)"),
+    (MULTI_HEAD, "key", np.ones((2, 5, 6)), ValueError, r"query.shape\[-1\] \(8\)"),
+    (MULTI_HEAD, "mask", np.ones((4, 5), dtype=bool), ValueError, r"scores, \(2, 2, 3, 5\)"),
+    (MULTI_HEAD, "key_lengths", np.array([5, 6]), ValueError, r"in \[0, 5\]"),
+    (MULTI_HEAD, "is_causal", 1, TypeError, "True or False"),
+    (MULTI_HEAD, "scale", "1", TypeError, "number"),
+    (MULTI_HEAD, "params", [1], TypeError, "mapping"),
+    (MULTI_HEAD, "params", {}, ValueError, "'q_proj_weight'"),
+    (MULTI_HEAD, "params", PARAMS | {"weight": X}, ValueError, "got 'weight'"),
+    (MULTI_HEAD, "params", PARAMS | {"bias_k": X}, ValueError, "got 'bias_k'"),
+    (MULTI_HEAD, "params", PARAMS | {"q_proj_weight": X}, ValueError, "got 'q_proj_weight' as well"),
+    (MULTI_HEAD, "params", {"in_proj_weight": np.ones((24, 8))}, ValueError, "key 'out_proj.weight'"),
+    (MULTI_HEAD, "params", {"q_proj_weight": np.ones((8, 8))}, ValueError, "key 'k_proj_weight'"),
+    (MULTI_HEAD, "params", PARAMS | {"in_proj_weight": np.ones((8, 24))}, ValueError, r"shape \(24, 8\)"),
+    (MULTI_HEAD, "params", PARAMS | {"in_proj_bias": np.ones(23)}, ValueError, r"shape \(24,\)"),
+    (MULTI_HEAD, "params", PARAMS | {"in_proj_bias": None}, TypeError, "be an array"),
+    (MULTI_HEAD, "params", PARAMS | {"in_proj_bias": [1]}, TypeError, "be a NumPy array"),
+    (MULTI_HEAD, "params", PARAMS | {"in_proj_bias": np.ones(24, dtype="f4")}, TypeError, "same dtype"),
+    (MULTI_HEAD, "params", PARAMS | {"out_proj.weight": np.ones(8)}, ValueError, "2 dimensions"),
+    (MULTI_HEAD, "params", PARAMS | {"out_proj.weight": np.ones((8, 7))}, ValueError, r"shape \(8, 8\)"),
+    (MULTI_HEAD, "params", PARAMS | {"out_proj.bias": np.ones(7)}, ValueError, r"shape \(8,\)"),
+    (MULTI_HEAD, "params", SEPARATE | {"k_proj_weight": np.ones((6, 8))}, ValueError, r"shape \(8, 8\)"),
+    (MULTI_HEAD, "params", SEPARATE | {"v_proj_weight": np.ones((5, 8))}, ValueError, r"shape \(5, 5\)"),
+    (MULTI_HEAD, "params", SEPARATE | {"v_proj_weight": np.ones((6, 7))}, ValueError, r"shape \(6, 8\)"),
+]
+
+
+def label(case):
+    op, argument, value, *_ = case
+    return f"{op}-{argument}-{getattr(value, 'shape', value)!r:.40}"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", WRONG, ids=label)
+def test_wrong_arguments(case, direction):
+    op, argument, value, error, rule = case
+    arguments = VALID[op] | {argument: value}
+    function = getattr(refimpl, op)
+    if direction == "backward":
+        arguments["dout"] = np.ones(function(**VALID[op]).shape)
+        function = getattr(refimpl, f"{op}_backward")
+    with pytest.raises(
+        error, match=rf"^{function.__name__}: .+ must .*{rule}|^{function.__name__}: the {rule}"
+    ) as raised:
+        function(**arguments)
+    message = str(raised.value)
+    assert "; got " in message
+    assert argument in message or "the result" in message
+
+
+@pytest.mark.parametrize("op", VALID)
+@pytest.mark.parametrize(
+    ("dout", "error", "rule"),
+    [
+        (None, TypeError, "be an array"),
+        (np.ones((1, 1)), ValueError, "shape of the result"),
+        (np.ones((2, 2), dtype=np.float32), TypeError, "dtype"),
+        ([1.0], TypeError, "NumPy array"),
+    ],
+)
+def test_wrong_dout(op, dout, error, rule):
+    function = getattr(refimpl, f"{op}_backward")
+    with pytest.raises(error, match=rf"^{function.__name__}: dout must .*{rule}.*; got "):
+        function(dout, **VALID[op])
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "rule"),
+    [
+        (np.zeros((2, 4, 2, 3)), TypeError, "int64"),
+        (np.zeros((2, 4, 2, 3), dtype=np.int32), TypeError, "int64"),
+        (np.zeros((2, 4, 2, 2), dtype=np.int64), ValueError, "shape of the result"),
+        ([0], TypeError, "NumPy array"),
+    ],
+)
+def test_wrong_indices(indices, error, rule):
+    with pytest.raises(error, match=rf"^max_pool_backward: indices must .*{rule}.*; got "):
+        refimpl.max_pool_backward(np.ones((2, 4, 2, 3)), X, 2, indices=indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument", "rule"),
+    [
+        ({"output_padding": 1, "output_size": (11, 13)}, "output_padding", "be 0 when output_size is given"),
+        ({"output_padding": 1, "padding": "same"}, "output_padding", "be left out with padding='same'"),
+        ({"output_size": 12, "padding": "same_lower"}, "output_size", "be left out with padding='same_lower'"),
+    ],
+)
+def test_options_that_exclude_each_other(options, argument, rule):
+    with pytest.raises(ValueError, match=rf"^conv_transpose: {argument} must {re.escape(rule)}.*; got "):
+        refimpl.conv_transpose(**VALID["conv_transpose"], stride=2, **options)
+
+
+def test_the_message_of_the_style_guide():
+    message = (
+        "conv: x.shape[1] must equal weight.shape[1] * groups (3 * 2 = 6); "
+        "got x.shape=(2, 5, 8, 8), weight.shape=(4, 3, 3, 3), groups=2"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        refimpl.conv(np.ones((2, 5, 8, 8)), np.ones((4, 3, 3, 3)), groups=2)
+
+
+def test_numpy_numbers_and_lists_are_fine_as_options():
+    two, half = np.int32(2), np.float32(0.5)
+    refimpl.conv(X, WEIGHT, stride=[two, 1], padding=[[1, two], np.int64(0)], groups=two)
+    refimpl.conv_transpose(np.ones((2, 6, 5, 6)), WEIGHT, output_size=[np.int64(7), 8])
+    refimpl.max_pool(X, [two, 2], stride=two)
+    refimpl.avg_pool(X, two, divisor_override=np.int8(3))
+    refimpl.scaled_dot_product_attention(QUERY, KEY, VALUE, window=[two, None], query_offset=two, scale=half)
+    refimpl.multi_head_attention(TOKENS, MEMORY, MEMORY, num_heads=two, scale=half)
+
+
+def test_an_error_comes_before_any_work():
+    """The arguments of a call far too large to compute are still only looked at."""
+    vast = np.broadcast_to(np.ones(1), (1, 1, 2**40))
+    with pytest.raises(ValueError, match="conv: bias must have shape"):
+        refimpl.conv(vast, np.ones((1, 1, 1)), np.ones(2))
+    with pytest.raises(ValueError, match="scaled_dot_product_attention: mask must broadcast"):
+        refimpl.scaled_dot_product_attention(vast, vast, vast, mask=np.ones((2, 2, 2), dtype=bool))

@@ -1,0 +1,82 @@
+"""What the ops use of their namespace is there in CuPy, with those arguments; the wheel imports without a GPU."""
+
+import inspect
+import os
+
+import pytest
+from backends import GUARDED_NAMESPACE, GuardedBackend, patched_waits
+from cases import EVERY_OP
+from hypothesis import given, settings
+
+try:
+    import cupy
+except ImportError:  # a skip, unless a GPU is required
+    cupy = None
+
+pytestmark = pytest.mark.skipif(
+    cupy is None and os.environ.get("REFIMPL_REQUIRE_GPU") != "1", reason="no CuPy is installed"
+)
+
+
+def recorded_calls():
+    """Run every op over many cases on the recording namespace; returns `{(function, arguments, keywords)}`."""
+    backend = GuardedBackend()
+    GUARDED_NAMESPACE.calls.clear()
+
+    for strategy in EVERY_OP.values():
+
+        @settings(max_examples=100, database=None, deadline=None)
+        @given(case=strategy())
+        def run(case):
+            arrays, options = backend.arrays((case.arrays, case.options))
+            out = case.f(*arrays, **options)
+            case.f_backward(out, *arrays, **options)
+
+        with patched_waits():
+            run()
+    return set(GUARDED_NAMESPACE.calls)
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return recorded_calls()
+
+
+def test_the_record_is_one(calls):
+    """If nothing is recorded, nothing is checked."""
+    names = {name for name, _, _ in calls}
+    assert {"matmul", "matrix_transpose", "where", "zeros", "reshape", "exp", "maximum", "float64"} - {
+        "matmul"
+    } <= names
+    assert len(names) > 15
+
+
+def test_cupy_has_what_is_used(calls):
+    assert [name for name, _, _ in calls if not hasattr(cupy, name)] == []
+
+
+def test_cupy_takes_the_arguments(calls):
+    for name, count, keywords in calls:
+        function = getattr(cupy, name)
+        if count is None:  # a dtype or a constant
+            continue
+        if isinstance(function, cupy.ufunc):
+            assert count == function.nin, name
+            assert set(keywords) <= {"out", "dtype", "casting"}, name
+        else:
+            # device= is only given to other backends: CuPy has no such keyword, its current device counts
+            inspect.signature(function).bind(*[None] * count, **dict.fromkeys(set(keywords) - {"device"}))
+
+
+def test_device_is_only_given_where_arrays_are_made(calls):
+    makers = {name for name, _, keywords in calls if "device" in keywords}
+    assert makers <= {"zeros", "full", "arange", "asarray"}
+
+
+@pytest.mark.parametrize("wrong", [("unstack", 1, ()), ("sum", 1, ("where",)), ("where", 5, ())])
+def test_the_check_can_fail(wrong):
+    name, count, keywords = wrong
+    if not hasattr(cupy, name):
+        return
+    with pytest.raises(TypeError):
+        inspect.signature(getattr(cupy, name)).bind(*[None] * count, **dict.fromkeys(keywords))

@@ -1,0 +1,91 @@
+"""Window arithmetic against walking along the elements, and the two moves as adjoints."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import window_elements
+
+from refimpl import _geometry, _windows
+
+
+@st.composite
+def windows(draw):
+    size, kernel, stride, dilation = (draw(st.integers(1, n)) for n in (9, 4, 4, 3))
+    low, high = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    return _geometry.pool_window(size, kernel, stride, dilation, (low, high), draw(st.booleans()))
+
+
+@given(window=windows(), data=st.data())
+def test_a_tap_reads_the_elements_that_the_formula_says(window, data):
+    if window.out < 1:
+        return
+    start = data.draw(st.integers(0, window.out - 1))
+    stop = data.draw(st.integers(start + 1, window.out))
+    for k in range(window.kernel):
+        elements = {o: o * window.stride + k * window.dilation - window.low for o in range(start, stop)}
+        expected = {o - start: i for o, i in elements.items() if 0 <= i < window.size}
+        found = window.tap(k, start, stop)
+        reads, writes = found or (slice(0, 0), slice(0, 0))
+        pairs = zip(range(window.out)[writes], range(window.size)[reads], strict=True)
+        assert dict(pairs) == expected
+
+
+@given(window=windows())
+def test_the_first_empty_window(window):
+    if window.out < 1:
+        return
+    empty = [
+        o
+        for o in range(window.out)
+        if not any(
+            0 <= o * window.stride + k * window.dilation - window.low < window.size for k in range(window.kernel)
+        )
+    ]
+    assert window.first_empty() == (empty[0] if empty else None)
+
+
+@given(window=windows())
+def test_whether_a_window_overreaches(window):
+    if window.out < 1:
+        return
+    elements = [
+        o * window.stride + k * window.dilation - window.low for o in range(window.out) for k in range(window.kernel)
+    ]
+    assert window.overreaches == any(not 0 <= i < window.size for i in elements)
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@given(
+    size=st.integers(1, 9),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 4),
+    dilation=st.integers(1, 3),
+    padding=st.one_of(
+        st.sampled_from(["valid", "same", "same_lower"]), st.tuples(st.integers(0, 4), st.integers(0, 4))
+    ),
+)
+def test_output_sizes(size, kernel, stride, dilation, padding, ceil_mode):
+    window = _geometry.pool_window(size, kernel, stride, dilation, padding, ceil_mode)
+    spelled = padding if isinstance(padding, str) else [padding]
+    outs, pads, _ = window_elements((size,), (kernel,), (stride,), spelled, (dilation,), ceil_mode)
+    assert max(window.out, 0) == outs[0]
+    assert (window.low, window.high) == pads[0]
+
+
+@given(first=windows(), second=windows(), data=st.data())
+def test_gather_and_add_back_are_adjoint(first, second, data):
+    both = (first, second)
+    if min(w.out for w in both) < 1:
+        return
+    rng = np.random.default_rng(0)
+    x = rng.integers(-5, 6, size=(3, 2, first.size, second.size)).astype(float)
+    lead = (slice(1, 3),)
+    outputs = tuple(slice(data.draw(st.integers(0, w.out - 1)), w.out) for w in both)
+    columns = _windows.gather(x, lead, both, outputs)
+    assert columns.shape == (2, 2, first.kernel * second.kernel, *(o.stop - o.start for o in outputs))
+    other = rng.integers(-5, 6, size=columns.shape).astype(float)
+    dx = np.zeros(x.shape)
+    _windows.add_back(other, dx, lead, both, outputs)
+    assert np.sum(columns * other) == np.sum(x * dx)
+    assert (dx[0] == 0).all()
