@@ -120,10 +120,8 @@ def scaled_dot_product_attention(
 
     def work(*tile: slice) -> None:
         keys = call.visible_keys(tile)
-        if keys is None:
-            return
-        p, logsumexp[tile], visible = _probabilities(call, tile, keys)
-        out[(*tile, ...)] = _weighted_sum(call, p, visible, _take(call.value, (*tile[:-1], keys)))
+        if keys is not None:
+            out[(*tile, ...)], logsumexp[tile] = _attend(call, tile, keys)
 
     backend.run(work, call.tiles(4), query)
     out = backend.namespace(query).reshape(out, call.shape)
@@ -203,16 +201,10 @@ def scaled_dot_product_attention_backward(
         keys = call.visible_keys(tile)
         if keys is None:
             return []
-        columns = (*tile[:-1], keys)
-        q, k, v, do = _take(call.query, tile), _take(call.key, columns), _take(call.value, columns), _take(dout, tile)
-        p, _, visible = _probabilities(call, tile, keys)
-        dv = _transposed_sum(call, p, visible, do)
-        dp = _select(visible, do @ xp.matrix_transpose(v))
-        ds = _select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
-        dq = call.scale * _weighted_sum(call, ds, visible, k)
-        dk = call.scale * _transposed_sum(call, ds, visible, q)
-        parts = [(dquery, tile, dq), (dkey, columns, dk), (dvalue, columns, dv)]
-        return parts if dbias is None else [*parts, (dbias, (*tile, keys), ds)]
+        dq, dk, dv, ds = _attend_backward(call, dout, tile, keys)
+        columns, pairs = (*tile[:-1], keys), (*tile, keys)
+        parts = [(dquery, tile, dq), (dkey, columns, dk), (dvalue, columns, dv), (dbias, pairs, ds)]
+        return parts if dbias is not None else parts[:3]
 
     def collect(_: Tile, parts: list[tuple[Array, Tile, Array]]) -> None:
         for total, at, part in parts:
@@ -269,6 +261,48 @@ class _Call:
         return slice(start, stop) if start < stop else None
 
 
+def _probabilities(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array, Array | None]:
+    """Return softmax(s), its logsumexp, and which pairs are visible (None: all), for the rows of the tile."""
+    xp = backend.namespace(call.query)
+    pairs = (*tile, keys)
+    s = (call.scale * _take(call.query, tile)) @ xp.matrix_transpose(_take(call.key, (*tile[:-1], keys)))
+    if call.bias is not None:
+        s = s + _take(call.bias, pairs)
+    if not call.hides:
+        largest = xp.max(s, axis=-1, keepdims=True)
+        p = xp.exp(s - largest)
+        total = xp.sum(p, axis=-1, keepdims=True)
+        return p / total, (largest + xp.log(total))[..., 0], None
+    visible, s = xp.broadcast_arrays(_visible(call, pairs), s)
+    s = xp.where(visible, s, -math.inf)
+    sees = xp.any(visible, axis=-1, keepdims=True)
+    largest = xp.where(sees, xp.max(s, axis=-1, keepdims=True), 0.0)
+    p = _select(visible, xp.exp(s - largest))
+    total = xp.sum(p, axis=-1, keepdims=True)
+    return p / xp.where(sees, total, 1.0), (largest + xp.log(total))[..., 0], visible
+
+
+def _attend(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
+    """Return the output and the logsumexp for the rows of the tile."""
+    p, logsumexp, visible = _probabilities(call, tile, keys)
+    v = _take(call.value, (*tile[:-1], keys))
+    return _weighted_sum(call, p, visible, v), logsumexp
+
+
+def _attend_backward(call: _Call, dout: Array, tile: Tile, keys: slice) -> tuple[Array, Array, Array, Array]:
+    """Return what the rows of the tile add to the gradients of query, key, value and bias."""
+    xp = backend.namespace(dout)
+    columns = (*tile[:-1], keys)
+    q, k, v, do = _take(call.query, tile), _take(call.key, columns), _take(call.value, columns), _take(dout, tile)
+    p, _, visible = _probabilities(call, tile, keys)
+    dv = _transposed_sum(call, p, visible, do)
+    dp = _select(visible, do @ xp.matrix_transpose(v))
+    ds = _select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
+    dq = call.scale * _weighted_sum(call, ds, visible, k)
+    dk = call.scale * _transposed_sum(call, ds, visible, q)
+    return dq, dk, dv, ds
+
+
 def _prepare(
     function: str,
     arrays: dict[str, Array],
@@ -291,7 +325,7 @@ def _prepare(
     kv_heads = key.shape[-3] if key.ndim > 2 else 1
     heads = shape[-3] if len(shape) > 2 else 1
     space = (*shape[:-3], kv_heads, heads // kv_heads, shape[-2])
-    left, right = (None, None) if window is None else window
+    left, right = (None if side is None else int(side) for side in window or (None, None))
     if is_causal:
         right = 0
     offset = query_offset if backend.is_array(query_offset) else int(query_offset)
@@ -337,27 +371,6 @@ def _shifted(offset: int | Array, by: int, space: tuple[int, ...], key: Array) -
     far = 1 << 61
     bounded = backend.namespace(offset).clip(_per_batch(offset, space), -far, far)
     return bounded + max(-far, min(by, far))
-
-
-def _probabilities(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array, Array | None]:
-    """Return softmax(s), its logsumexp, and which pairs are visible (None: all), for the rows of the tile."""
-    xp = backend.namespace(call.query)
-    pairs = (*tile, keys)
-    s = (call.scale * _take(call.query, tile)) @ xp.matrix_transpose(_take(call.key, (*tile[:-1], keys)))
-    if call.bias is not None:
-        s = s + _take(call.bias, pairs)
-    if not call.hides:
-        largest = xp.max(s, axis=-1, keepdims=True)
-        p = xp.exp(s - largest)
-        total = xp.sum(p, axis=-1, keepdims=True)
-        return p / total, (largest + xp.log(total))[..., 0], None
-    visible, s = xp.broadcast_arrays(_visible(call, pairs), s)
-    s = xp.where(visible, s, -math.inf)
-    sees = xp.any(visible, axis=-1, keepdims=True)
-    largest = xp.where(sees, xp.max(s, axis=-1, keepdims=True), 0.0)
-    p = _select(visible, xp.exp(s - largest))
-    total = xp.sum(p, axis=-1, keepdims=True)
-    return p / xp.where(sees, total, 1.0), (largest + xp.log(total))[..., 0], visible
 
 
 def _visible(call: _Call, pairs: Tile) -> Array:

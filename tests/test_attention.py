@@ -143,6 +143,14 @@ def test_numbers_beyond_every_integer_type_mean_what_they_say(huge):
         assert (attention(query, key, values, window=(1, 1), query_offset=offset) == 0).all()
 
 
+def test_small_integer_types_do_not_overflow():
+    query, key, values = normal(3, 2), normal(300, 2), normal(300, 2)
+    small = attention(query, key, values, window=(np.int8(100), np.int8(100)), query_offset=np.int8(100))
+    np.testing.assert_array_equal(small, attention(query, key, values, window=(100, 100), query_offset=100))
+    offset = np.asarray(100, dtype=np.int8)
+    np.testing.assert_allclose(attention(query, key, values, window=(100, 100), query_offset=offset), small, rtol=1e-13)
+
+
 def test_a_bias_of_minus_infinity_is_a_mask(backend):
     query, key, values, dout = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 2), normal(2, 3, 2)
     mask = np.random.default_rng(0).random((2, 3, 5)) < 0.5
