@@ -56,6 +56,7 @@ def scaled_dot_product_attention(
     key : (..., Hkv, Lk, E) or (Lk, E)
         Query head h uses key head `h // (Hq / Hkv)`. The leading dimensions of query, key and value broadcast.
     value : (..., Hkv, Lk, Ev) or (Lk, Ev)
+        With the heads of key; arrays of two dimensions have one head.
     bias : floating, broadcasts to (..., Hq, Lq, Lk), optional
         Added to the scores. A bias of -inf hides the pair, exactly as `mask=False` does.
     mask : bool, broadcasts to (..., Hq, Lq, Lk), optional
