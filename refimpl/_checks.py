@@ -16,6 +16,7 @@ from . import backend
 from ._geometry import Padding, Windows, conv_window, pool_window, transposed_window
 from .backend import Array
 
+_LARGEST = 1 << 40  # of a size, stride, dilation or padding: its products with another fit into 64 bits
 _INTEGER_KINDS = ("signed integer", "unsigned integer")
 
 
@@ -27,13 +28,16 @@ def _shapes(**arrays: Array | None) -> str:
     return ", ".join(f"{name}.shape={tuple(a.shape)}" for name, a in arrays.items() if a is not None)
 
 
-def integer(function: str, argument: str, value: object, minimum: int | None = None) -> int:
-    """Check an int (or NumPy integer), and that it is at least `minimum`."""
+def integer(function: str, argument: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Check an int (or NumPy integer), and its bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         _fail(TypeError, function, argument, "be an int", _show(value))
-    if minimum is not None and value < minimum:
+    result = int(value)
+    if minimum is not None and result < minimum:
         _fail(ValueError, function, argument, f"be at least {minimum}", _show(value))
-    return int(value)
+    if maximum is not None and result > maximum:
+        _fail(ValueError, function, argument, f"be at most {maximum}", _show(value))
+    return result
 
 
 def number(function: str, argument: str, value: object) -> float:
@@ -59,10 +63,10 @@ def flag(function: str, argument: str, value: object) -> bool:
 def sizes(function: str, argument: str, value: object, count: int, minimum: int) -> tuple[int, ...]:
     """Check an int, or a tuple or list of `count` of them, each at least `minimum`."""
     if not isinstance(value, tuple | list):
-        return (integer(function, argument, value, minimum),) * count
+        return (integer(function, argument, value, minimum, _LARGEST),) * count
     if len(value) != count:
         _fail(ValueError, function, argument, f"be an int or have one for each of the {count} dimensions", _show(value))
-    return tuple(integer(function, f"{argument}[{i}]", v, minimum) for i, v in enumerate(value))
+    return tuple(integer(function, f"{argument}[{i}]", v, minimum, _LARGEST) for i, v in enumerate(value))
 
 
 def padding_of(function: str, value: object, count: int) -> Padding:
@@ -72,7 +76,7 @@ def padding_of(function: str, value: object, count: int) -> Padding:
             _fail(ValueError, function, "padding", "be 'valid', 'same' or 'same_lower' if a string", _show(value))
         return value
     if not isinstance(value, tuple | list):
-        return ((integer(function, "padding", value, 0),) * 2,) * count
+        return ((integer(function, "padding", value, 0, _LARGEST),) * 2,) * count
     if len(value) != count:
         rule = f"be an int, or have an int or a (low, high) pair for each of the {count} dimensions"
         _fail(ValueError, function, "padding", rule, _show(value))
@@ -81,7 +85,7 @@ def padding_of(function: str, value: object, count: int) -> Padding:
         pair = entry if isinstance(entry, tuple | list) else (entry, entry)
         if len(pair) != 2:
             _fail(ValueError, function, f"padding[{i}]", "be an int or a (low, high) pair", _show(entry))
-        low, high = (integer(function, f"padding[{i}]", side, 0) for side in pair)
+        low, high = (integer(function, f"padding[{i}]", side, 0, _LARGEST) for side in pair)
         pairs.append((low, high))
     return tuple(pairs)
 

@@ -54,36 +54,42 @@ class Window(NamedTuple):
         last = min(stop, (self.size - 1 - offset) // self.stride + 1)
         if first >= last:
             return None
-        reads = slice(first * self.stride + offset, (last - 1) * self.stride + offset + 1, self.stride)
+        step = min(self.stride, self.size)  # a longer one reads one element, wherever it would go next
+        reads = slice(first * self.stride + offset, (last - 1) * self.stride + offset + 1, step)
         return reads, slice(first - start, last - start)
+
+    def taps(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield `(k, reads, writes)` for every tap that meets an element: see `tap`."""
+        first = -(((stop - 1) * self.stride - self.low) // self.dilation)
+        last = (self.size - 1 + self.low - start * self.stride) // self.dilation
+        for k in range(max(0, first), min(self.kernel, last + 1)):
+            found = self.tap(k, start, stop)
+            if found is not None:
+                yield k, *found
 
     def first_empty(self) -> int | None:
         """Return the first window that holds no element, or None. Only those that begin in padding can be empty."""
-        for o in range(min(self.out, -(-self.low // self.stride))):
-            begin = o * self.stride - self.low
-            k = -(begin // self.dilation)
-            if k >= self.kernel or begin + k * self.dilation >= self.size:
-                return o
-        last = self.out - 1
-        return max(0, -((-self.size - self.low) // self.stride)) if last * self.stride - self.low >= self.size else None
+        if self.low > (self.kernel - 1) * self.dilation:  # the first window ends before the first element
+            return 0
+        if self.dilation > self.size:  # two taps may leap over all elements
+            for o in range(min(self.out, -(-self.low // self.stride))):
+                if (o * self.stride - self.low) % self.dilation >= self.size:
+                    return o
+        beyond = -(-(self.size + self.low) // self.stride)
+        return beyond if beyond < self.out else None
 
 
 Windows = tuple[Window, ...]
 
 
 def taps(windows: Windows, outputs: Sequence[slice]) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield every tap of the kernel, in row-major order, as `(number, reads, writes)`: see `Window.tap`.
-
-    A tap that only meets padding is left out.
-    """
-    dimensions = [
-        [window.tap(k, o.start, o.stop) for k in range(window.kernel)]
-        for window, o in zip(windows, outputs, strict=True)
-    ]
-    for number, pairs in enumerate(itertools.product(*dimensions)):
-        found = [pair for pair in pairs if pair is not None]
-        if len(found) == len(pairs):
-            yield number, tuple(reads for reads, _ in found), tuple(writes for _, writes in found)
+    """Yield every tap of the kernel that meets an element, in row-major order: `(number, reads, writes)`."""
+    along = [list(window.taps(o.start, o.stop)) for window, o in zip(windows, outputs, strict=True)]
+    for found in itertools.product(*along):
+        number = 0
+        for window, (k, _, _) in zip(windows, found, strict=True):
+            number = number * window.kernel + k
+        yield number, tuple(reads for _, reads, _ in found), tuple(writes for _, _, writes in found)
 
 
 class Part(NamedTuple):
@@ -106,19 +112,16 @@ def whole_kernel(windows: Windows) -> Part:
 
 
 def single_taps(windows: Windows) -> Iterator[Part]:
-    """Yield each tap as a part, with windows of one element that never lie in padding."""
-    for kernel in itertools.product(*(range(window.kernel) for window in windows)):
-        pairs = [window.tap(k, 0, window.out) for window, k in zip(windows, kernel, strict=True)]
-        found = [pair for pair in pairs if pair is not None]
-        if len(found) == len(pairs):
-            yield Part(
-                tuple(slice(k, k + 1) for k in kernel),
-                tuple(writes.start for _, writes in found),
-                tuple(
-                    Window(window.size, 1, window.stride, 1, -reads.start, 0, writes.stop - writes.start)
-                    for window, (reads, writes) in zip(windows, found, strict=True)
-                ),
-            )
+    """Yield each tap that meets an element as a part, with windows of one element that never lie in padding."""
+    for found in itertools.product(*(window.taps(0, window.out) for window in windows)):
+        yield Part(
+            tuple(slice(k, k + 1) for k, _, _ in found),
+            tuple(writes.start for _, _, writes in found),
+            tuple(
+                Window(window.size, 1, window.stride, 1, -reads.start, 0, writes.stop - writes.start)
+                for window, (_, reads, writes) in zip(windows, found, strict=True)
+            ),
+        )
 
 
 def conv_window(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str) -> Window:

@@ -46,12 +46,11 @@ def add_back(columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Ti
 
 def counts(windows: Windows, like: Array) -> list[Array]:
     """Return, along each dimension, how many taps of each window meet an element; one array `(O,)` a dimension."""
+    xp = backend.namespace(like)
     result = []
     for window in windows:
-        count = backend.full((window.out,), 0, like)
-        for k in range(window.kernel):
-            pair = window.tap(k, 0, window.out)
-            if pair is not None:
-                count[pair[1]] += 1
-        result.append(count)
+        begin = backend.arange(0, window.out, like) * window.stride - window.low
+        first = xp.clip(-(begin // window.dilation), 0, window.kernel)
+        after = xp.clip((window.size - 1 - begin) // window.dilation + 1, 0, window.kernel)
+        result.append(xp.astype(after - first, like.dtype))
     return result

@@ -103,7 +103,14 @@ WRONG = [
     ("conv", "bias", np.ones(5), ValueError, r"shape \(6,\)"),
     ("conv", "bias", np.ones((6, 1)), ValueError, r"shape \(6,\)"),
     ("conv", "dilation", 3, ValueError, "be at least"),
-    ("conv", "padding", 2**62, ValueError, "result"),
+    ("conv", "padding", 2**40, ValueError, "result"),
+    *(
+        (op, n, 2**41, ValueError, "be at most")
+        for op in VALID
+        if "pool" in op or "conv" in op
+        for n in ("stride", "padding")
+    ),
+    ("max_pool", "kernel_size", 2**100, ValueError, "be at most"),
     *(("conv_transpose", name, *case) for name in ("x", "weight", "bias") for case in NO_FLOATING),
     *(("conv_transpose", name, *case) for name in ("stride", "dilation") for case in NO_SIZES),
     *(("conv_transpose", "padding", *case) for case in NO_PADDING),
@@ -121,7 +128,7 @@ WRONG = [
     ("conv_transpose", "groups", 4, ValueError, r"multiple of groups \(4\)"),
     ("conv_transpose", "x", np.ones((2, 5, 5, 6)), ValueError, r"weight.shape\[0\] \(6\)"),
     ("conv_transpose", "bias", np.ones(6), ValueError, r"shape \(4,\)"),
-    ("conv_transpose", "stride", 2**62, ValueError, "result"),
+    ("conv_transpose", "stride", 2**40, ValueError, "result"),
     *((op, "x", *case) for op in ("max_pool", "avg_pool") for case in NO_ARRAY),
     *(
         (op, "x", np.ones((2, 2, 2), dtype=d), TypeError, "float")
@@ -310,6 +317,21 @@ def test_numpy_numbers_and_lists_are_fine_as_options():
     refimpl.avg_pool(X, two, divisor_override=np.int8(3))
     refimpl.scaled_dot_product_attention(QUERY, KEY, VALUE, window=[two, None], query_offset=two, scale=half)
     refimpl.multi_head_attention(TOKENS, MEMORY, MEMORY, num_heads=two, scale=half)
+
+
+@pytest.mark.parametrize("huge", [2**20, 2**40])
+def test_huge_windows_are_no_work(huge):
+    """Windows far larger than x, and far apart, cost what x costs."""
+    x = np.arange(3.0)[None, None]
+    assert refimpl.max_pool(x, huge, padding=huge // 2).tolist() == [[[2.0]]]
+    assert refimpl.avg_pool(x, huge, padding=huge // 2, count_include_pad=False).tolist() == [[[1.0]]]
+    assert refimpl.avg_pool(x, huge, padding=huge // 2).tolist() == [[[3.0 / huge]]]
+    assert refimpl.avg_pool_backward(np.ones((1, 1, 1)), x, huge, padding=huge // 2).tolist() == [[[1 / huge] * 3]]
+    assert refimpl.conv(x, np.ones((1, 1, 1)), stride=huge).tolist() == [[[0.0]]]
+    dilated = refimpl.conv(x, np.ones((1, 1, 3)), dilation=huge, padding=huge)
+    assert dilated.tolist() == [[[0.0, 1.0, 2.0]]]
+    with pytest.raises(ValueError, match="every window; window 3 of"):
+        refimpl.max_pool(x, 2, dilation=huge, padding=huge, stride=1)
 
 
 def test_an_error_comes_before_any_work():
