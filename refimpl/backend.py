@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -288,28 +288,20 @@ def _on_threads(
         with np.errstate(all="ignore"):  # a context variable: the one of the caller is not seen here
             return work(*tile)
 
-    pool, pending = _pool(threads), collections.deque[tuple[Tile, Future[Any]]]()
-
-    def oldest() -> tuple[Tile, Any]:
-        result = pending[0][1].result()  # taken off only afterwards: this may be interrupted
-        return pending.popleft()[0], result
-
+    # A pool of its own for each call takes 0.1 ms, less than any two tiles, and leaves nothing behind: no thread that
+    # a fork would lack, and none that Ctrl-C could lose sight of, wherever it strikes.
+    pool, pending = ThreadPoolExecutor(threads, "refimpl"), collections.deque[tuple[Tile, Future[Any]]]()
     try:
         for tile in tiles:
             if len(pending) == ahead:
-                yield oldest()
+                done, future = pending.popleft()
+                yield done, future.result()
             pending.append((tile, pool.submit(quiet, tile)))
         while pending:
-            yield oldest()
-    finally:  # an error or Ctrl-C may have come
-        for _, future in pending:
-            future.cancel()
-        wait(future for _, future in pending)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="refimpl")
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @functools.cache
@@ -361,13 +353,7 @@ def _blas_libraries() -> list[Any]:
     return found
 
 
-def _forked() -> None:
-    """Forget, in a child process, the threads that only its parent has."""
-    _pool.cache_clear()
-    _BLAS.forked()
-
-
 _BLAS = _OneBlasThread()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_BLAS.forked)
