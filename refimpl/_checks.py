@@ -62,10 +62,13 @@ def flag(function: str, argument: str, value: object) -> bool:
 
 def sizes(function: str, argument: str, value: object, count: int, minimum: int) -> tuple[int, ...]:
     """Check an int, or a tuple or list of `count` of them, each at least `minimum`."""
+    if not isinstance(value, tuple | list | numbers.Integral) or isinstance(value, bool):
+        _fail(TypeError, function, argument, "be an int or a tuple of ints", _show(value))
     if not isinstance(value, tuple | list):
         return (integer(function, argument, value, minimum, _LARGEST),) * count
     if len(value) != count:
-        _fail(ValueError, function, argument, f"be an int or have one for each of the {count} dimensions", _show(value))
+        rule = f"be an int or have one for each of the {count} spatial dimensions"
+        _fail(ValueError, function, argument, rule, _show(value))
     return tuple(integer(function, f"{argument}[{i}]", v, minimum, _LARGEST) for i, v in enumerate(value))
 
 
@@ -75,10 +78,13 @@ def padding_of(function: str, value: object, count: int) -> Padding:
         if value not in ("valid", "same", "same_lower"):
             _fail(ValueError, function, "padding", "be 'valid', 'same' or 'same_lower' if a string", _show(value))
         return value
+    if not isinstance(value, tuple | list | numbers.Integral) or isinstance(value, bool):
+        rule = "be an int, a tuple of ints or of (low, high) pairs, or a string"
+        _fail(TypeError, function, "padding", rule, _show(value))
     if not isinstance(value, tuple | list):
         return ((integer(function, "padding", value, 0, _LARGEST),) * 2,) * count
     if len(value) != count:
-        rule = f"be an int, or have an int or a (low, high) pair for each of the {count} dimensions"
+        rule = f"be an int, or have one entry, an int or a (low, high) pair, for each of the {count} spatial dimensions"
         _fail(ValueError, function, "padding", rule, _show(value))
     pairs = []
     for i, entry in enumerate(value):
@@ -105,12 +111,15 @@ def floating(function: str, **arrays: Array | None) -> ModuleType:
 
 
 def _show(value: object) -> str:
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int with more digits than Python prints
+        return f"{type(value).__name__} beyond printing"
 
 
 def _result(function: str, arrays: Mapping[str, Array], shape: tuple[int, ...]) -> None:
     """Check that a result of this shape can be addressed, and that `dout`, in a backward, has it."""
-    if math.prod(shape) > sys.maxsize // 8:
+    if math.prod(max(1, size) for size in shape) > sys.maxsize // 8:
         _fail(ValueError, function, "the result", f"have at most {sys.maxsize // 8} elements", f"shape {shape}")
     if "dout" in arrays:
         _gradient(function, arrays["dout"], shape)
@@ -137,8 +146,8 @@ def conv(
     dilation: object,
     groups: object,
     padding_mode: object,
-) -> Windows:
-    """Check `x`, `weight`, perhaps `dout`, and the options of `conv`; returns the windows over `x`."""
+) -> tuple[Windows, int]:
+    """Check `x`, `weight`, perhaps `dout`, and the options of `conv`; returns the windows over `x`, and `groups`."""
     x, weight, groups = _conv_arrays(function, arrays, bias, groups)
     spatial = weight.ndim - 2
     axis = x.ndim - spatial - 1
@@ -148,7 +157,8 @@ def conv(
         _fail(ValueError, function, "padding_mode", "be 'zeros'", _show(padding_mode))
     if x.shape[axis] != weight.shape[1] * groups:
         rule = f"equal weight.shape[1] * groups ({weight.shape[1]} * {groups} = {weight.shape[1] * groups})"
-        _fail(ValueError, function, f"x.shape[{axis}]", rule, f"{_shapes(x=x, weight=weight)}, groups={groups}")
+        got = f"{_shapes(x=x, weight=weight)}, groups={groups}"
+        _fail(ValueError, function, f"x.shape[{axis}]", rule, got)
     if weight.shape[0] % groups:
         rule = f"be a multiple of groups ({groups})"
         _fail(ValueError, function, "weight.shape[0]", rule, _shapes(weight=weight))
@@ -162,7 +172,7 @@ def conv(
     )
     _fits(function, x, "weight", windows)
     _result(function, arrays, (*x.shape[:axis], weight.shape[0], *(w.out for w in windows)))
-    return windows
+    return windows, groups
 
 
 def conv_transpose(
@@ -175,8 +185,8 @@ def conv_transpose(
     output_size: object,
     dilation: object,
     groups: object,
-) -> Windows:
-    """Check `x`, `weight`, perhaps `dout`, and the options of `conv_transpose`; returns the windows over its output."""
+) -> tuple[Windows, int]:
+    """Check `x`, `weight`, perhaps `dout`, and the options of `conv_transpose`; returns windows and `groups`."""
     x, weight, groups = _conv_arrays(function, arrays, bias, groups)
     spatial = weight.ndim - 2
     axis = x.ndim - spatial - 1
@@ -202,7 +212,7 @@ def conv_transpose(
             rule = f"leave an output size of at least 1 in spatial dimension {d}"
             _fail(ValueError, function, "padding", rule, f"{window.size} (padding={_show(padding)}, {_shapes(x=x)})")
     _result(function, arrays, (*x.shape[:axis], weight.shape[1] * groups, *(w.size for w in windows)))
-    return windows
+    return windows, groups
 
 
 def _conv_arrays(
@@ -219,7 +229,7 @@ def _conv_arrays(
         _fail(ValueError, function, "x", rule, _shapes(x=x, weight=weight))
     _not_empty(function, "weight", weight, 0)
     _not_empty(function, "x", x, x.ndim - weight.ndim + 1)
-    return x, weight, integer(function, "groups", groups, 1)
+    return x, weight, integer(function, "groups", groups, 1, _LARGEST)
 
 
 def _bias(function: str, bias: Array | None, channels: int) -> None:
@@ -251,8 +261,6 @@ def _output_padding(
 
 def _sized(function: str, windows: Windows, output_size: object) -> Windows:
     """Let `output_size` set the size of the output."""
-    if not isinstance(output_size, tuple | list | numbers.Integral):
-        _fail(TypeError, function, "output_size", "be an int or a tuple of ints", _show(output_size))
     wanted = sizes(function, "output_size", output_size, len(windows), 1)
     for d, (window, size) in enumerate(zip(windows, wanted, strict=True)):
         if not window.size <= size < window.size + window.stride:
@@ -290,6 +298,8 @@ def pool(
     _required(function, arrays)
     xp = backend.common_namespace(function, arrays)
     x = arrays["x"]
+    if integers and not xp.isdtype(x.dtype, ("real floating", *_INTEGER_KINDS)):
+        _fail(TypeError, function, "x", "be of dtype float32 or float64, or of an integer dtype", x.dtype)
     if not (integers and xp.isdtype(x.dtype, _INTEGER_KINDS)):
         floating(function, **arrays)
     spatial = _pooled(function, x, kernel_size)
@@ -308,13 +318,21 @@ def pool(
         empty = window.first_empty()
         if empty is not None:
             rule = f"leave an element of x in every window; window {empty} of spatial dimension {d} has none"
-            _fail(ValueError, function, "padding", rule, f"padding={_show(padding)}, {_shapes(x=x)}")
+            _fail(
+                ValueError,
+                function,
+                "padding",
+                rule,
+                f"padding={_show(padding)}, kernel_size={kernels}, {_shapes(x=x)}",
+            )
     _result(function, arrays, (*x.shape[: x.ndim - spatial], *(w.out for w in windows)))
     return windows
 
 
 def _pooled(function: str, x: Array, kernel_size: object) -> int:
     """Return how many of the last dimensions of `x` the kernel says are spatial."""
+    if x.ndim == 0:
+        _fail(ValueError, function, "x", "have at least 1 dimension", _shapes(x=x))
     if isinstance(kernel_size, tuple | list):
         if not 1 <= len(kernel_size) <= x.ndim:
             rule = f"have 1 to {x.ndim} entries, no more than x has dimensions"
@@ -338,7 +356,10 @@ def pool_indices(function: str, indices: Array | None, dout: Array) -> None:
 
 def divisor(function: str, divisor_override: object) -> None:
     """Check an int other than 0, or None."""
-    if divisor_override is not None and integer(function, "divisor_override", divisor_override) == 0:
+    if (
+        divisor_override is not None
+        and integer(function, "divisor_override", divisor_override, -_LARGEST, _LARGEST) == 0
+    ):
         _fail(ValueError, function, "divisor_override", "be an int other than 0", "0")
 
 
@@ -468,7 +489,7 @@ def multi_head(
 ) -> int:
     """Check every argument of multi-head attention, and perhaps `dout`; returns the number of heads."""
     _required(function, arrays)
-    heads = integer(function, "num_heads", num_heads, 1)
+    heads = integer(function, "num_heads", num_heads, 1, _LARGEST)
     named = {} if params is None else _parameters(function, params)
     floating(function, **arrays, **named, bias=options["bias"])
     query, key, value = _rows_of_features(function, arrays)
@@ -492,7 +513,8 @@ def _features(
     if params is not None:
         inner = _parameter_shapes(function, inner, params)
     elif inner["key"] != inner["query"]:
-        _fail(ValueError, function, "key.shape[-1]", f"equal query.shape[-1] ({inner['query']})", inner["key"])
+        got = _shapes(query=query, key=key, value=value)
+        _fail(ValueError, function, "key.shape[-1]", f"equal query.shape[-1] ({inner['query']})", got)
     what = "features" if params is None else "projected features"
     for name, size in inner.items():
         if size % heads:
@@ -529,7 +551,8 @@ def _parameter_shapes(function: str, features: dict[str, int], params: Mapping[s
     def expect(name: str, shape: tuple[int, ...]) -> None:
         array = params.get(name)
         if array is not None and tuple(array.shape) != shape:
-            _fail(ValueError, function, f"params[{name!r}]", f"have shape {shape}", f"shape {tuple(array.shape)}")
+            rule = f"have shape {shape} for the features of query, key and value, {tuple(features.values())}"
+            _fail(ValueError, function, f"params[{name!r}]", rule, f"shape {tuple(array.shape)}")
 
     def rows(name: str) -> int:
         if params[name].ndim != 2:

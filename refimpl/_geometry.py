@@ -5,6 +5,7 @@ Along one dimension, output `o` at tap `k` reads element `o * stride + k * dilat
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ class Window(NamedTuple):
         if self.low > (self.kernel - 1) * self.dilation:  # the first window ends before the first element
             return 0
         if self.dilation > self.size:  # two taps may leap over all elements
-            for o in range(min(self.out, -(-self.low // self.stride))):
+            period = self.dilation // math.gcd(self.stride, self.dilation)
+            for o in range(min(self.out, -(-self.low // self.stride), period)):
                 if (o * self.stride - self.low) % self.dilation >= self.size:
                     return o
         beyond = -(-(self.size + self.low) // self.stride)
@@ -90,38 +92,6 @@ def taps(windows: Windows, outputs: Sequence[slice]) -> Iterator[tuple[int, tupl
         for window, (k, _, _) in zip(windows, found, strict=True):
             number = number * window.kernel + k
         yield number, tuple(reads for _, reads, _ in found), tuple(writes for _, _, writes in found)
-
-
-class Part(NamedTuple):
-    """Some taps of a kernel, with the windows that they make by themselves."""
-
-    kernel: tuple[slice, ...]
-    """Which taps, along each dimension."""
-    first: tuple[int, ...]
-    """Which output the first of the windows belongs to, along each dimension."""
-    windows: Windows
-
-    def outputs(self, windows: Sequence[slice]) -> tuple[slice, ...]:
-        """Return the outputs that a range of the windows belongs to."""
-        return tuple(slice(w.start + first, w.stop + first) for w, first in zip(windows, self.first, strict=True))
-
-
-def whole_kernel(windows: Windows) -> Part:
-    """Return all taps as one part."""
-    return Part((slice(None),) * len(windows), (0,) * len(windows), windows)
-
-
-def single_taps(windows: Windows) -> Iterator[Part]:
-    """Yield each tap that meets an element as a part, with windows of one element that never lie in padding."""
-    for found in itertools.product(*(window.taps(0, window.out) for window in windows)):
-        yield Part(
-            tuple(slice(k, k + 1) for k, _, _ in found),
-            tuple(writes.start for _, _, writes in found),
-            tuple(
-                Window(window.size, 1, window.stride, 1, -reads.start, 0, writes.stop - writes.start)
-                for window, (_, reads, writes) in zip(windows, found, strict=True)
-            ),
-        )
 
 
 def conv_window(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str) -> Window:

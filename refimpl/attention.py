@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from . import _checks, backend
+from . import _checks, _masked, backend
 from .backend import Array, Tile
 
 __all__ = ["AttentionGrads", "scaled_dot_product_attention", "scaled_dot_product_attention_backward"]
@@ -278,9 +278,10 @@ def _probabilities(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array, 
     s = xp.where(visible, s, -math.inf)
     sees = xp.any(visible, axis=-1, keepdims=True)
     largest = xp.where(sees, xp.max(s, axis=-1, keepdims=True), 0.0)
-    p = _select(visible, xp.exp(s - largest))
+    p = xp.exp(s - largest)
     total = xp.sum(p, axis=-1, keepdims=True)
-    return p / xp.where(sees, total, 1.0), (largest + xp.log(total))[..., 0], visible
+    p = _masked.select(visible, p / xp.where(sees, total, 1.0))  # last: one NaN makes NaN of all that it is divided by
+    return p, (largest + xp.log(total))[..., 0], visible
 
 
 def _attend(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
@@ -297,8 +298,8 @@ def _attend_backward(call: _Call, dout: Array, tile: Tile, keys: slice) -> tuple
     q, k, v, do = _take(call.query, tile), _take(call.key, columns), _take(call.value, columns), _take(dout, tile)
     p, _, visible = _probabilities(call, tile, keys)
     dv = _transposed_sum(call, p, visible, do)
-    dp = _select(visible, do @ xp.matrix_transpose(v))
-    ds = _select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
+    dp = _masked.select(visible, do @ xp.matrix_transpose(v))
+    ds = _masked.select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
     dq = call.scale * _weighted_sum(call, ds, visible, k)
     dk = call.scale * _transposed_sum(call, ds, visible, q)
     return dq, dk, dv, ds
@@ -362,6 +363,8 @@ def _per_batch(array: Array, space: tuple[int, ...]) -> Array:
     """Return integers for each batch entry as int64 (..., 1, 1, 1, 1)."""
     xp = backend.namespace(array)
     missing = (1,) * (len(space) - 3 - array.ndim)
+    if array.dtype == xp.uint64:
+        array = xp.clip(array, 0, 1 << 62)
     return xp.astype(xp.reshape(array, (*missing, *array.shape, 1, 1, 1, 1)), xp.int64)
 
 
@@ -410,11 +413,6 @@ def _accumulate(target: Array, at: Tile, part: Array) -> None:
     target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part
 
 
-def _select(visible: Array | None, array: Array) -> Array:
-    """Return the array with 0 at hidden pairs."""
-    return array if visible is None else backend.namespace(array).where(visible, array, 0.0)
-
-
 def _transposed_sum(call: _Call, weights: Array, visible: Array | None, x: Array) -> Array:
     """Return `weights^T @ x` over visible pairs."""
     transpose = backend.namespace(weights).matrix_transpose
@@ -422,25 +420,14 @@ def _transposed_sum(call: _Call, weights: Array, visible: Array | None, x: Array
 
 
 def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) -> Array:
-    """Return `weights @ x` over visible pairs: `weights` are 0 at hidden ones, but 0 times NaN or inf is not.
+    """Return `weights @ x` over visible pairs; the weights are 0 at hidden ones.
 
-    What is not finite in `x` is taken out, and then added as IEEE arithmetic would have it: where a weight is 0, inf
-    becomes NaN. Adding 0 in every other case makes a sum of zeros +0, whatever signs hidden ones would have given it.
+    Taking out what is not finite and adding 0 make no difference to finite numbers, but to bits: the same memory layout
+    is multiplied whatever hidden entries hold, and a sum of zeros is +0 whatever signs they have.
     """
     if visible is None:
         return weights @ x
+    if not call.finite:
+        return _masked.matmul(weights, x, a_real=visible) + 0.0
     xp = backend.namespace(x)
-    total = weights @ xp.where(xp.isfinite(x), x, 0.0) + 0.0
-    if call.finite:
-        return total
-
-    def meets(pairs: Array, values: Array) -> Array:
-        return xp.astype(pairs, x.dtype) @ xp.astype(values, x.dtype) > 0
-
-    infinite = xp.isinf(x)
-    up = meets(weights > 0, infinite & (x > 0)) | meets(weights < 0, infinite & (x < 0))
-    down = meets(weights > 0, infinite & (x < 0)) | meets(weights < 0, infinite & (x > 0))
-    neither = meets(visible, xp.isnan(x)) | meets(visible & (weights == 0), infinite)
-    total = xp.where(up, total + math.inf, total)
-    total = xp.where(down, total - math.inf, total)
-    return xp.where(neither, math.nan, total)
+    return weights @ xp.where(xp.isfinite(x), x, 0.0) + 0.0

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import itertools
 import math
+import numbers
 import os
+import reprlib
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -35,7 +37,7 @@ class _Limits(NamedTuple):
 
 
 _DEFAULTS = _Limits(threads=None, tile_bytes=16 << 20)
-_AHEAD_BYTES = 64 << 20  # of results that wait for their turn
+_AHEAD_BYTES = 96 << 20  # of results that wait for their turn
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
 
@@ -106,12 +108,13 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
         least one output position or query row, so a small value is met as nearly as that allows. May change rounding.
     """
     for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
-        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-            raise TypeError(f"limits: {name} must be an int; got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"limits: {name} must be at least 1; got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise TypeError(f"limits: {name} must be an int; got {reprlib.repr(value)}")
+        if value is not None and not 1 <= int(value) <= 1 << 40:
+            got = value if -(1 << 64) < int(value) < 1 << 64 else "an int of more than 64 bits"
+            raise ValueError(f"limits: {name} must be from 1 to {1 << 40}; got {got}")
     now = _LIMITS.get()
-    token = _LIMITS.set(_Limits(threads or now.threads, tile_bytes or now.tile_bytes))
+    token = _LIMITS.set(_Limits(int(threads) if threads else now.threads, int(tile_bytes or now.tile_bytes)))
     try:
         yield
     finally:
@@ -147,7 +150,7 @@ def common_namespace(function: str, arrays: Mapping[str, Array | None]) -> Modul
         elif device != first[2]:
             raise TypeError(f"{function}: {name} must be on the same device as {first[0]} ({first[2]}); got {device}")
     if first is None:
-        raise TypeError(f"{function}: {' or '.join(arrays) or 'arrays'} must be an array; got none")
+        raise TypeError(f"{function}: {' or '.join(arrays) or 'arrays'} must hold an array; got none")
     return first[1]
 
 
@@ -255,15 +258,15 @@ def run(
     On NumPy, tiles run on threads, several at a time, so `work` may write only what belongs to its tile alone. What
     several tiles add to is returned instead, and handed to `collect(tile, result)` in the order of the tiles: no sum
     depends on timing, or on how many threads there are. BLAS runs on one thread meanwhile, for the same reason, and
-    because its threads and ours would wait for each other. Results of `result_bytes` each that wait for their turn take
-    no more than a bounded amount of memory.
+    because its threads and ours would wait for each other. Results, of `result_bytes` if they are larger than a tile,
+    wait for their turn in a bounded amount of memory.
     """
     xp, _, context = _placement(like)
     with context, np.errstate(all="ignore"), contextlib.nullcontext() if _is_cupy(xp) else _BLAS:
         tiles = iter(tiles)
         first = list(itertools.islice(tiles, 2))
         threads = _LIMITS.get().threads or _usable_cores()
-        ahead = max(1, min(2 * threads, _AHEAD_BYTES // max(1, result_bytes)))
+        ahead = max(1, min(2 * threads, _AHEAD_BYTES // (result_bytes or _LIMITS.get().tile_bytes)))
         if xp is np and threads > 1 and len(first) > 1:
             in_order = _on_threads(work, itertools.chain(first, tiles), threads, ahead)
         else:
@@ -291,12 +294,21 @@ def _on_threads(
     # A pool of its own for each call takes 0.1 ms, less than any two tiles, and leaves nothing behind: no thread that
     # a fork would lack, and none that Ctrl-C could lose sight of, wherever it strikes.
     pool, pending = ThreadPoolExecutor(threads, "refimpl"), collections.deque[tuple[Tile, Future[Any]]]()
+
+    def submit(tile: Tile) -> Future[Any]:
+        try:
+            return pool.submit(quiet, tile)
+        except RuntimeError:  # no thread is to be had: the interpreter is shutting down, or the system has no more
+            future: Future[Any] = Future()
+            future.set_result(quiet(tile))
+            return future
+
     try:
         for tile in tiles:
             if len(pending) == ahead:
                 done, future = pending.popleft()
                 yield done, future.result()
-            pending.append((tile, pool.submit(quiet, tile)))
+            pending.append((tile, submit(tile)))
         while pending:
             done, future = pending.popleft()
             yield done, future.result()

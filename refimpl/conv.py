@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from . import _checks, _windows, backend
-from ._geometry import Part, Windows, single_taps, whole_kernel
+from . import _checks, _masked, _windows, backend
+from ._geometry import Windows
 from .backend import Array, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
@@ -96,7 +96,7 @@ def conv(
     array([[[-1., -1., -1.]]])
     """
     arrays = {"x": x, "weight": weight}
-    windows = _checks.conv("conv", arrays, bias, stride, padding, dilation, groups, padding_mode)
+    windows, groups = _checks.conv("conv", arrays, bias, stride, padding, dilation, groups, padding_mode)
     out = _correlate(_batched(x, weight), weight, windows, groups, bias)
     return _unbatched(out, like=x)
 
@@ -149,7 +149,7 @@ def conv_backward(
     ConvGrads(dx=array([[[ 1., -1.,  2., -2.]]]), dweight=array([[[ 7., 10.]]]), dbias=None)
     """
     arrays = {"x": x, "weight": weight, "dout": dout}
-    windows = _checks.conv("conv_backward", arrays, bias, stride, padding, dilation, groups, padding_mode)
+    windows, groups = _checks.conv("conv_backward", arrays, bias, stride, padding, dilation, groups, padding_mode)
     dout, batch = _batched(dout, weight), _batched(x, weight)
     return ConvGrads(
         dx=_unbatched(_correlate_dx(dout, weight, windows, groups), like=x),
@@ -220,7 +220,7 @@ def conv_transpose(
     >>> conv_transpose(np.array([[[1.0, 2.0]]]), np.array([[[1.0, 10.0, 100.0]]]), stride=2)
     array([[[  1.,  10., 102.,  20., 200.]]])
     """
-    windows = _checks.conv_transpose(
+    windows, groups = _checks.conv_transpose(
         "conv_transpose", {"x": x, "weight": weight}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
@@ -275,7 +275,7 @@ def conv_transpose_backward(
     >>> conv_transpose_backward(np.array([[[0.0, 1.0, 0.0, 0.0, 3.0]]]), x, weight, stride=2)
     ConvGrads(dx=array([[[ 10., 300.]]]), dweight=array([[[0., 1., 6.]]]), dbias=None)
     """
-    windows = _checks.conv_transpose(
+    windows, groups = _checks.conv_transpose(
         "conv_transpose_backward", {"x": x, "weight": weight, "dout": dout}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
@@ -289,23 +289,22 @@ def conv_transpose_backward(
 
 def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
     """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
-    out = _biased((x.shape[0], weight.shape[0], *(w.out for w in windows)), bias, like=x)
-    for part in _parts(weight, windows):
-        _correlate_part(out, x, weight[(..., *part.kernel)], part, groups)
-    return out
-
-
-def _correlate_part(out: Array, x: Array, weight: Array, part: Part, groups: int) -> None:
     xp = backend.namespace(x)
+    out = _biased((x.shape[0], weight.shape[0], *(w.out for w in windows)), bias, like=x)
     weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
+    meets_padding = _meets_padding(weight, windows)
 
     def work(n: slice, *o: slice) -> None:
-        columns = _grouped(_windows.gather(x, (n,), part.windows, o), groups, weight_g.shape[2])
-        product = weight_g @ columns  # (G, J, I*T) @ (N, G, I*T, P)
-        place = (n, ..., *part.outputs(o))
-        out[place] += xp.reshape(product, out[place].shape)
+        columns = _grouped(_windows.gather(x, (n,), windows, o), groups, weight_g.shape[2])
+        if meets_padding:
+            real = _grouped(_windows.gather(_everywhere(x), (n,), windows, o), groups, weight_g.shape[2])
+            product = _masked.matmul(weight_g, columns, b_real=real)
+        else:
+            product = weight_g @ columns  # (G, J, I*T) @ (N, G, I*T, P)
+        out[(n, ..., *o)] += xp.reshape(product, out[(n, ..., *o)].shape)
 
-    backend.run(work, _tiles(x, weight, part.windows), x)
+    backend.run(work, _tiles(x, weight, windows), x)
+    return out
 
 
 def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
@@ -329,36 +328,37 @@ def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bia
 
 def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
     """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`."""
+    xp = backend.namespace(x)
     dweight = backend.full(tuple(weight.shape), 0, x)
-    for part in _parts(dout, windows):
-        _correlate_dweight_part(dweight, dout, x, part, groups)
+    rows, columns_in = weight.shape[0] // groups, math.prod(weight.shape[1:])
+    meets_padding = _meets_padding(dout, windows)
+
+    def work(n: slice, *o: slice) -> Array:
+        columns = _grouped(_windows.gather(x, (n,), windows, o), groups, columns_in)
+        douts, columns_t = _grouped(dout[(n, ..., *o)], groups, rows), xp.matrix_transpose(columns)
+        if meets_padding:
+            real = _grouped(_windows.gather(_everywhere(x), (n,), windows, o), groups, columns_in)
+            product = _masked.matmul(douts, columns_t, b_real=xp.matrix_transpose(real))
+        else:
+            product = douts @ columns_t  # (N, G, J, P) @ (N, G, P, I*T)
+        return xp.sum(product, axis=0)
+
+    def collect(_: Tile, product: Array) -> None:
+        dweight[...] += xp.reshape(product, dweight.shape)
+
+    backend.run(work, _tiles(x, weight, windows), x, collect)
     return dweight
 
 
-def _correlate_dweight_part(dweight: Array, dout: Array, x: Array, part: Part, groups: int) -> None:
+def _meets_padding(factor: Array, windows: Windows) -> bool:
+    """Return whether a NaN or inf of `factor`, which gathered taps are multiplied by, may meet the 0 of padding."""
+    return any(window.overreaches for window in windows) and not backend.all_finite(factor)
+
+
+def _everywhere(x: Array) -> Array:
+    """Return True for every element of `x`, in no memory; gathered, it tells elements from padding."""
     xp = backend.namespace(x)
-    place = (..., *part.kernel)
-    shape = dweight[place].shape
-
-    def work(n: slice, *o: slice) -> Array:
-        columns = _grouped(_windows.gather(x, (n,), part.windows, o), groups, math.prod(shape[1:]))
-        douts = _grouped(dout[(n, ..., *part.outputs(o))], groups, shape[0] // groups)
-        return xp.sum(douts @ xp.matrix_transpose(columns), axis=0)  # (N, G, J, P) @ (N, G, P, I*T)
-
-    def collect(_: Tile, product: Array) -> None:
-        dweight[place] += xp.reshape(product, shape)
-
-    backend.run(work, _tiles(x, dweight, part.windows), x, collect)
-
-
-def _parts(factor: Array, windows: Windows) -> list[Part]:
-    """Cut the kernel so that `factor`, which is multiplied by gathered taps, multiplies no padding if that matters.
-
-    It does where a NaN or inf would meet the zero of a tap in padding: then every tap is a part of its own.
-    """
-    if not any(w.overreaches for w in windows) or backend.all_finite(factor):
-        return [whole_kernel(windows)]
-    return list(single_taps(windows))
+    return xp.broadcast_to(backend.full((1,), 1, x, xp.bool), x.shape)
 
 
 def _grouped(array: Array, groups: int, rows: int) -> Array:

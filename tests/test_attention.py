@@ -73,6 +73,16 @@ def test_visible_poison_reaches_exactly_what_depends_on_it(value):
     assert np.isfinite(grads.dvalue).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_poisoned_query_reaches_only_the_keys_that_it_sees(value):
+    query, x = np.array([[value], [1.0]]), np.array([[1.0], [2.0]])
+    grads = attention_backward(np.ones((2, 1)), query, x, x, mask=np.eye(2, dtype=bool))
+    clean = attention_backward(np.ones((2, 1)), np.ones((2, 1)), x, x, mask=np.eye(2, dtype=bool))
+    for poisoned, expected in ((grads.dkey, clean.dkey), (grads.dvalue, clean.dvalue), (grads.dquery, clean.dquery)):
+        assert not np.isfinite(poisoned[0]).any()
+        np.testing.assert_array_equal(poisoned[1], expected[1])
+
+
 def test_a_visible_zero_weight_meets_inf():
     """A weight that underflows to 0 is no hidden pair: 0 * inf is NaN."""
     query, key = np.array([[1000.0]]), np.array([[1000.0], [-1000.0], [0.0]])
@@ -130,15 +140,15 @@ def test_bands_are_masks(rows, keys, offset, window, is_causal):
     np.testing.assert_allclose(as_array, expected, rtol=1e-13)
 
 
-@pytest.mark.parametrize("huge", [2**31, 2**62, 2**63 - 1, 10**30])
+@pytest.mark.parametrize("huge", [2**31, 2**62, 2**63 - 1, 2**64 - 1, 10**30])
 def test_numbers_beyond_every_integer_type_mean_what_they_say(huge):
     query, key, values = normal(3, 2), normal(4, 2), normal(4, 2)
     everything = attention(query, key, values)
     np.testing.assert_array_equal(attention(query, key, values, window=(huge, huge)), everything)
     np.testing.assert_array_equal(attention(query, key, values, is_causal=True, query_offset=huge), everything)
     assert (attention(query, key, values, is_causal=True, query_offset=-huge) == 0).all()
-    if huge < 2**63:
-        offset = np.asarray(huge)
+    if huge < 2**64:
+        offset = np.asarray(huge, dtype=np.uint64 if huge >= 2**63 else None)
         np.testing.assert_array_equal(attention(query, key, values, is_causal=True, query_offset=offset), everything)
         assert (attention(query, key, values, window=(1, 1), query_offset=offset) == 0).all()
 

@@ -30,8 +30,8 @@ def test_namespace_of_each_backend(backend):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ((), "namespace: arrays must be an array; got none"),
-        ((None,), r"namespace: arrays\[0\] must be an array; got none"),
+        ((), "namespace: arrays must hold an array; got none"),
+        ((None,), r"namespace: arrays\[0\] must hold an array; got none"),
         (([1.0],), r"namespace: arrays\[0\] must be a NumPy array.*; got builtins.list"),
         ((np.ones(1), 1.0), r"namespace: arrays\[1\] must be a NumPy array.*; got builtins.float"),
         ((np.float64(1),), "got numpy.float64"),
@@ -185,7 +185,18 @@ def test_eight_callers_at_once_share_one_limit():
 
 @pytest.mark.parametrize("name", ["threads", "tile_bytes"])
 @pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("2", TypeError)]
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (2**41, ValueError),
+        pytest.param(-(10**5000), ValueError, id="too long to print"),
+        (1.5, TypeError),
+        (True, TypeError),
+        ("2", TypeError),
+        (np.array([1, 2]), TypeError),
+        (np.array(1), TypeError),
+    ],
 )
 def test_wrong_limits(name, value, error):
     with pytest.raises(error, match=f"^limits: {name} must .*; got "), be.limits(**{name: value}):
@@ -205,6 +216,24 @@ def test_limits_nest_and_belong_to_their_context():
         assert pieces() == 2
         assert contextvars.Context().run(pieces) == 1
     assert pieces() == 1
+
+
+def test_limits_take_numpy_integers():
+    x = np.ones((1, 30, 9))
+    with be.limits(tile_bytes=np.uint8(1), threads=np.int8(2)):
+        np.testing.assert_array_equal(refimpl.conv(x, np.ones((2, 30, 3))), np.full((1, 2, 7), 90.0))
+
+
+def test_ops_work_while_the_interpreter_shuts_down():
+    code = """
+import atexit, numpy as np, refimpl
+def last():
+    with refimpl.backend.limits(threads=2, tile_bytes=100):
+        print(refimpl.conv(np.ones((1, 1, 50)), np.ones((1, 1, 3))).sum())
+atexit.register(last)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert (done.stdout, done.stderr) == ("144.0\n", "")
 
 
 def test_threads_are_a_number_of_the_environment():

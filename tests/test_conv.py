@@ -141,6 +141,29 @@ def test_cropping_never_meets_what_is_not_finite(value):
     assert np.isfinite(grads.dweight).tolist() == [[[True, False, False]]]
 
 
+@given(case=st.one_of(cases.conv(), cases.conv_transpose()), seed=st.integers(0, 1000))
+def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
+    """Poison one weight: outputs, gradients of x and taps that do not depend on it keep their bits."""
+    x, weight, bias = case.arrays
+    rng = np.random.default_rng(seed)
+    at = tuple(rng.integers(n) for n in weight.shape)
+    clean = case.f(x, weight, bias, **case.options)
+    unit = np.zeros(weight.shape)
+    unit[at] = 1.0
+    depends = case.f(np.ones(x.shape), unit, None, **case.options) > 0
+    poisoned = weight.copy()
+    poisoned[at] = rng.choice([np.nan, np.inf])
+    out = case.f(x, poisoned, bias, **case.options)
+    assert not np.isfinite(out[depends]).any()
+    assert out[~depends].tobytes() == clean[~depends].tobytes()
+    dout = rng.normal(size=out.shape)
+    clean_dx = case.f_backward(dout, x, weight, bias, **case.options)[0]
+    dx = case.f_backward(dout, x, poisoned, bias, **case.options)[0]
+    depends = case.f_backward(np.ones(out.shape), x, unit, None, **case.options)[0] > 0
+    assert not np.isfinite(dx[depends]).any()
+    assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
+
+
 def test_what_is_not_finite_in_x_reaches_the_windows_that_hold_it():
     x, weight = np.ones((1, 1, 8)), np.ones((1, 1, 3))
     x[0, 0, 3] = np.nan

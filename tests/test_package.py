@@ -11,7 +11,7 @@ import pytest
 import refimpl
 
 PACKAGE = Path(refimpl.__file__).parent
-LAYERS = ["backend", "_geometry", "_windows", "_checks", "conv", "pool", "attention", "multihead", "testing"]
+LAYERS = ["backend", "_masked", "_geometry", "_windows", "_checks", "conv", "pool", "attention", "multihead", "testing"]
 
 
 def test_all_is_sorted_and_there():

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ _STEP = 1e-3  # relative to elements above 1; its fourth power is the error of t
 def check_gradients(
     f: Callable[..., Any],
     f_backward: Callable[..., Any],
+    /,
     *arrays: Array,
     rtol: float = 1e-7,
     seed: int = 0,
@@ -31,7 +33,8 @@ def check_gradients(
     Parameters
     ----------
     f
-        Any function of float64 arrays of one backend; if it returns a tuple, its first result counts.
+        Any function of float64 arrays of one backend; if it returns a tuple, its first result counts. It may return a
+        NumPy scalar.
     f_backward
         Its gradient for a random `dout`, as every pair in refimpl has it: one array (for the first argument); a
         NamedTuple with fields named `d` and the argument; or a plain tuple, one entry for each of `arrays`. None stands
@@ -39,7 +42,7 @@ def check_gradients(
     *arrays, **options
         The arguments of `f`. Every float64 array among them, options included, must be given a gradient.
     rtol : float
-        The relative difference that is allowed, on top of what rounding explains.
+        The relative difference that is allowed, at least 0, on top of what rounding explains.
     seed : int
         Of `dout` and of the directions.
 
@@ -60,9 +63,9 @@ def check_gradients(
         D(h) = (L(x + h d) - L(x - h d)) / 2h,    derivative along d = (4 D(h / 2) - D(h)) / 3 + O(h^4)
 
     where L is the sum. For arguments of up to 128 elements d is each element in turn; for larger ones d is a random
-    direction of norm 1, eight times, and if one disagrees, halving its support leads to an element that does. The
-    function must be smooth within a step of 1e-3 (in units of an element, if that is above 1): draw the input of a
-    maximum without ties closer than that.
+    direction, eight times, and if one disagrees, halving its support leads to an element that does. The step is 1e-3,
+    in units of the element if that is above 1. The function must be smooth within it: draw the input of a maximum
+    without ties closer than that.
 
     Examples
     --------
@@ -72,6 +75,8 @@ def check_gradients(
     Traceback (most recent call last):
     AssertionError: check_gradients: dx is wrong in 2 of 2 elements; worst at [1]: analytic ..., numeric ...
     """
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= rtol < 1:
+        raise ValueError(f"check_gradients: rtol must be a number in [0, 1); got {rtol!r}")
     rng = np.random.default_rng(seed)
     slots = _slots(f, arrays, options)
     before = {slot.name: slot.value for slot in slots}
@@ -80,6 +85,8 @@ def check_gradients(
     for slot in _slots(f, arrays, options):
         if not np.array_equal(slot.value, before[slot.name], equal_nan=True):
             raise AssertionError(f"check_gradients: {slot.name} was modified by f or f_backward")
+    if not np.array_equal(backend.to_numpy(loss.dout), loss.weights):
+        raise AssertionError("check_gradients: dout was modified by f_backward")
     for slot in slots:
         gradient = _checked(gradients[slot.name], slot)
         check = _check_elements if slot.value.size <= _SMALL else _check_directions
@@ -161,13 +168,20 @@ def _by_name(gradients: Any, slots: list[_Slot]) -> dict[str, Array]:
 
 def _checked(gradient: Array, slot: _Slot) -> np.ndarray[Any, Any]:
     """Check that a gradient is an array like its argument; returns it as a NumPy array."""
+    gradient = _as_array(gradient)
     if type(gradient) is not type(slot.array):
-        raise AssertionError(f"check_gradients: d{slot.name} must be a {type(slot.array)}; got {type(gradient)}")
+        due, came = type(slot.array).__name__, type(gradient).__name__
+        raise AssertionError(f"check_gradients: d{slot.name} must be an {due}, as its argument is; got {came}")
     for what in ("device", "shape", "dtype"):
         came, due = getattr(gradient, what), getattr(slot.array, what)
         if came != due:
             raise AssertionError(f"check_gradients: d{slot.name} must have {what} {due}; got {came}")
     return backend.to_numpy(gradient)
+
+
+def _as_array(value: Any) -> Any:
+    """Return a NumPy scalar, which NumPy's functions make of an array without dimensions, as such an array."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 class _Loss:
@@ -179,14 +193,16 @@ class _Loss:
         self._f, self._arrays, self._options = f, arrays, options
         out = self._first_result(arrays, options)
         value = backend.to_numpy(out)
+        if value.dtype != np.float64:
+            raise TypeError(f"check_gradients: f must return float64; got {value.dtype}")
         if not np.isfinite(value).all():
             raise ValueError("check_gradients: f must return finite numbers; got NaN or inf")
-        self._weights = rng.normal(size=value.shape)
-        self.dout = backend.from_numpy(self._weights, out)
+        self.weights = rng.normal(size=value.shape)
+        self.dout = backend.from_numpy(self.weights, out)
 
     def _first_result(self, arrays: tuple[Any, ...], options: dict[str, Any]) -> Array:
         out = self._f(*arrays, **options)
-        return out[0] if isinstance(out, tuple) else out
+        return _as_array(out[0] if isinstance(out, tuple) else out)
 
     def _at(self, slot: _Slot, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the terms of the sum with another value in a slot."""
@@ -194,7 +210,7 @@ class _Loss:
         target: Any = options if isinstance(slot.place, str) else arrays
         array = backend.from_numpy(value, slot.array)
         target[slot.place] = array if slot.key is None else {**target[slot.place], slot.key: array}
-        result: np.ndarray[Any, Any] = self._weights * backend.to_numpy(self._first_result(tuple(arrays), options))
+        result: np.ndarray[Any, Any] = self.weights * backend.to_numpy(self._first_result(tuple(arrays), options))
         return result
 
     def derivative(self, slot: _Slot, direction: np.ndarray[Any, Any], step: float) -> tuple[float, float]:
@@ -214,10 +230,10 @@ def _check_elements(
     del rng  # every element is its own direction
     wrong = []
     for index in np.ndindex(slot.value.shape):
-        numeric, tolerance, step = _element(slot, gradient, loss, rtol, index)
-        error = abs(gradient[index] - numeric)
-        if not error <= tolerance:
-            wrong.append((error / tolerance, index, numeric, tolerance, step))
+        numeric, tolerance, step = _element(slot, loss, rtol, index)
+        excess = abs(float(gradient[index]) - numeric) - tolerance
+        if not excess <= 0:
+            wrong.append((_nan_last(excess), index, numeric, tolerance, step))
     if wrong:
         _fail(slot, gradient, f"in {len(wrong)} of {slot.value.size} elements", *max(wrong)[1:])
 
@@ -226,46 +242,53 @@ def _check_directions(
     slot: _Slot, gradient: np.ndarray[Any, Any], loss: _Loss, rtol: float, rng: np.random.Generator
 ) -> None:
     """Compare derivatives along random directions; where one is wrong, look for an element that is."""
+    flaws = np.argwhere(~np.isfinite(gradient))
+    if flaws.size:
+        index = tuple(int(i) for i in flaws[0])
+        where = f"in {len(flaws)} of {slot.value.size} elements"
+        _fail(slot, gradient, where, index, *_element(slot, loss, rtol, index))
+    scale = _step_sizes(slot.value)
 
     def excess(direction: np.ndarray[Any, Any]) -> float:
+        direction = direction * scale / np.linalg.norm(direction)
         numeric, noise = loss.derivative(slot, direction, _STEP)
         terms = gradient * direction
         return abs(math.fsum(terms.ravel()) - numeric) - rtol * float(np.linalg.norm(terms)) - noise
 
     for number in range(_DIRECTIONS):
-        direction = rng.choice([-1.0, 1.0], size=slot.value.shape) / math.sqrt(slot.value.size)
+        direction = rng.normal(size=slot.value.shape)
         if not excess(direction) <= 0:
-            flat = direction.ravel()
-            support = np.arange(flat.size)
+            support = np.arange(direction.size)
             while support.size > 1:
                 halves = np.array_split(support, 2)
-                support = max(halves, key=lambda half: _nan_last(excess(_only(flat, half, slot.value.shape))))
+                support = max(halves, key=lambda half: _nan_last(excess(_only(direction, half))))
             index = tuple(int(i) for i in np.unravel_index(support[0], slot.value.shape))
-            numeric, tolerance, step = _element(slot, gradient, loss, rtol, index)
-            _fail(slot, gradient, f"along random direction {number + 1}", index, numeric, tolerance, step)
+            _fail(slot, gradient, f"along random direction {number + 1}", index, *_element(slot, loss, rtol, index))
 
 
 def _nan_last(excess: float) -> float:
     return math.inf if math.isnan(excess) else excess
 
 
-def _only(flat: np.ndarray[Any, Any], support: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Return a direction of norm 1 that is one of signs on the support, and 0 elsewhere."""
-    direction = np.zeros_like(flat)
-    direction[support] = np.sign(flat[support]) / math.sqrt(support.size)
-    return direction.reshape(shape)
+def _only(direction: np.ndarray[Any, Any], support: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the direction on its support, and 0 elsewhere."""
+    flat = np.zeros(direction.size)
+    flat[support] = direction.ravel()[support]
+    return flat.reshape(direction.shape)
 
 
-def _element(
-    slot: _Slot, gradient: np.ndarray[Any, Any], loss: _Loss, rtol: float, index: tuple[int, ...]
-) -> tuple[float, float, float]:
+def _step_sizes(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the unit of a step by each element: the element if that is above 1."""
+    return np.where(np.isfinite(value), np.maximum(1.0, np.abs(value)), 1.0)
+
+
+def _element(slot: _Slot, loss: _Loss, rtol: float, index: tuple[int, ...]) -> tuple[float, float, float]:
     """Return the numeric derivative by one element, the tolerance, and the step."""
     direction = np.zeros(slot.value.shape)
     direction[index] = 1.0
-    size = abs(float(slot.value[index]))
-    step = _STEP * max(1.0, size) if math.isfinite(size) else _STEP
+    step = _STEP * float(_step_sizes(slot.value)[index])
     numeric, noise = loss.derivative(slot, direction, step)
-    return numeric, rtol * max(abs(numeric), abs(float(gradient[index]))) + noise, step
+    return numeric, rtol * abs(numeric) + noise, step
 
 
 def _fail(

@@ -1,0 +1,41 @@
+"""Arithmetic over real pairs only: what is hidden or lies in padding is selected away, never multiplied by 0."""
+
+import math
+
+from . import backend
+from .backend import Array
+
+
+def select(real: Array | None, array: Array) -> Array:
+    """Return the array with 0 where it is not real (None: everywhere it is)."""
+    return array if real is None else backend.namespace(array).where(real, array, 0.0)
+
+
+def matmul(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None) -> Array:
+    """Return `a @ b` over real pairs, exact for NaN and inf: entries that are not real are 0, but 0 * NaN is not.
+
+    The finite entries are multiplied as ever. What the others add is found by multiplying indicators: whether any real
+    pair of a row and a column has a product of +inf, of -inf, or of NaN. Slow, and taken only where it matters.
+
+    Parameters
+    ----------
+    a : (..., M, K)
+    b : (..., K, N)
+    a_real, b_real : bool, of the shapes of `a` and `b`, optional
+        False where an entry is a placeholder, which must be 0.
+    """
+    xp = backend.namespace(a)
+
+    def meet(left: Array, right: Array) -> Array:
+        left, right = (x if real is None else x & real for x, real in ((left, a_real), (right, b_real)))
+        return xp.astype(left, a.dtype) @ xp.astype(right, a.dtype) > 0
+
+    inf, anything = math.inf, (xp.ones_like(a, dtype=xp.bool), xp.ones_like(b, dtype=xp.bool))
+    up = meet(a > 0, b == inf) | meet(a < 0, b == -inf) | meet(a == inf, b > 0) | meet(a == -inf, b < 0)
+    down = meet(a > 0, b == -inf) | meet(a < 0, b == inf) | meet(a == inf, b < 0) | meet(a == -inf, b > 0)
+    neither = meet(xp.isnan(a), anything[1]) | meet(anything[0], xp.isnan(b))
+    neither = neither | meet(a == 0, xp.isinf(b)) | meet(xp.isinf(a), b == 0)
+    total = xp.where(xp.isfinite(a), a, 0.0) @ xp.where(xp.isfinite(b), b, 0.0)
+    total = xp.where(up, total + inf, total)
+    total = xp.where(down, total - inf, total)
+    return xp.where(neither, math.nan, total)
