@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import _checks, _masked, backend
 from .backend import Array, Tile
@@ -396,6 +396,36 @@ def _visible(call: _Call, pairs: Tile) -> Array:
     if call.bias is not None:
         allowed.append(_take(call.bias, pairs) != -math.inf)
     return functools.reduce(operator.and_, allowed)
+
+
+def reached(query: Array, key: Array, value: Array, **options: Any) -> tuple[Array, Array, Array, Array]:
+    """Return where attention is more than a structural 0: rows of the result, of query, of key and of value.
+
+    Of the result and of query, those that see a key; of key and value, those that a query sees. Each is a bool array
+    of the leading dimensions and the length of its array, (..., H, L, 1).
+    """
+    call = _prepare("reached", {"query": query, "key": key, "value": value}, **options)
+    xp = backend.namespace(query)
+    shapes = [call.space, *(tuple(array.shape[:-1]) for array in (call.query, call.key, call.value))]
+    counts = [backend.full((*shape, 1), 0, query, xp.int64) for shape in shapes]
+
+    def work(*tile: slice) -> tuple[slice, Array] | None:
+        keys = call.visible_keys(tile)
+        return None if keys is None else (keys, xp.astype(_visible(call, (*tile, keys)), xp.int64))
+
+    def collect(tile: Tile, found: tuple[slice, Array] | None) -> None:
+        if found is not None:
+            keys, visible = found
+            for count in counts[:2]:
+                _accumulate(count, tile, xp.sum(visible, axis=-1, keepdims=True))
+            for count in counts[2:]:
+                seen = xp.matrix_transpose(xp.sum(visible, axis=-2, keepdims=True))
+                _accumulate(count, (*tile[:-1], keys), seen)
+
+    backend.run(work, call.tiles(2), query, collect)
+    whole = [(*call.shape[:-1], 1), *((*array.shape[:-1], 1) for array in (query, key, value))]
+    rows, *others = (xp.reshape(count > 0, shape) for count, shape in zip(counts, whole, strict=True))
+    return rows, *others
 
 
 def _take(array: Array, at: Tile) -> Array:

@@ -8,8 +8,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import _checks, backend
-from .attention import Window, scaled_dot_product_attention, scaled_dot_product_attention_backward
+from . import _checks, _masked, backend
+from .attention import (
+    Window,
+    reached,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_backward,
+)
 from .backend import Array, Tile
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]
@@ -105,7 +110,7 @@ def multi_head_attention(
     joined = _join(scaled_dot_product_attention(*heads, **options))
     if params is None:
         return joined
-    return _apply(joined, _out_proj(params))
+    return _apply(joined, _out_proj(params), _real(arrays, params, heads, options)[0])
 
 
 def multi_head_attention_backward(
@@ -175,11 +180,12 @@ def multi_head_attention_backward(
         dquery, dkey, dvalue = (_join(grad) for grad in grads[:3])
         return MultiHeadGrads(dquery, dkey, dvalue, None, grads.dbias, None)
     joined = _join(scaled_dot_product_attention(*heads, **options))
-    djoined, dout_proj = _apply_backward(dout, joined, _out_proj(params))
+    joined_real, *in_real = _real(arrays, params, heads, options)
+    djoined, dout_proj = _apply_backward(dout, joined, _out_proj(params), x_real=joined_real)
     grads = scaled_dot_product_attention_backward(_split(djoined, num_heads), *heads, **options)
     into = [
-        _apply_backward(_join(grad), x, projection)
-        for grad, x, projection in zip(grads[:3], (query, key, value), _in_proj(params), strict=True)
+        _apply_backward(_join(grad), x, projection, dy_real=real)
+        for grad, x, projection, real in zip(grads[:3], (query, key, value), _in_proj(params), in_real, strict=True)
     ]
     dparams = _as_params(params, [dprojection for _, dprojection in into], dout_proj)
     dquery, dkey, dvalue = (dx for dx, _ in into)
@@ -249,21 +255,41 @@ def _join(heads: Array) -> Array:
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
 
-def _apply(x: Array, linear: _Linear) -> Array:
-    """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D)."""
+def _real(
+    arrays: Mapping[str, Array], params: Mapping[str, Array], heads: list[Array], options: Mapping[str, Any]
+) -> list[Array | None]:
+    """Return where the joined heads, and what enters them, are more than a structural 0; None: multiply as ever.
+
+    That is, unless a hidden token meets a NaN or inf: then 0 * NaN must not come up, in a projection either.
+    """
+    hiding = ("bias", "mask", "window", "query_lengths", "key_lengths")
+    hides = options["is_causal"] or any(options[name] is not None for name in hiding)
+    if not hides or all(backend.all_finite(array) for array in (*arrays.values(), *params.values())):
+        return [None] * 4
+    xp = backend.namespace(heads[0])
+    features = [heads[2].shape[-1], *(head.shape[-1] for head in heads)]
+    seen = zip(reached(*heads, **options), features, strict=True)
+    return [_join(xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen]
+
+
+def _apply(x: Array, linear: _Linear, x_real: Array | None = None) -> Array:
+    """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D). `x` is 0 where it is not real."""
     xp = backend.namespace(x)
     y = backend.full((*x.shape[:-1], linear.weight.shape[0]), 0, x)
     shift = 0.0 if linear.bias is None else linear.bias
 
     def work(*rows: slice) -> None:
         at = (*rows, ...)
-        y[at] = xp.reshape(_rows(x[at]) @ xp.matrix_transpose(linear.weight) + shift, y[at].shape)
+        product = _product(_rows(x, at), xp.matrix_transpose(linear.weight), a_real=_rows(x_real, at))
+        y[at] = xp.reshape(product + shift, y[at].shape)
 
     backend.run(work, _tiles(x, linear), x)
     return y
 
 
-def _apply_backward(dy: Array, x: Array, linear: _Linear) -> tuple[Array, _Linear]:
+def _apply_backward(
+    dy: Array, x: Array, linear: _Linear, x_real: Array | None = None, dy_real: Array | None = None
+) -> tuple[Array, _Linear]:
     """Return the gradients of `sum(dy * _apply(x, linear))`: that of x, and those of the projection."""
     xp = backend.namespace(x)
     dx = backend.full(tuple(x.shape), 0, x)
@@ -272,9 +298,11 @@ def _apply_backward(dy: Array, x: Array, linear: _Linear) -> tuple[Array, _Linea
 
     def work(*rows: slice) -> tuple[Array, Array]:
         at = (*rows, ...)
-        part = _rows(dy[at])  # (rows, D)
-        dx[at] = xp.reshape(part @ linear.weight, dx[at].shape)
-        return xp.matrix_transpose(part) @ _rows(x[at]), xp.sum(part, axis=0)
+        part, real = _rows(dy, at), _rows(dy_real, at)  # (rows, D)
+        dx[at] = xp.reshape(_product(part, linear.weight, a_real=real), dx[at].shape)
+        real_t = None if real is None else xp.matrix_transpose(real)
+        dw = _product(xp.matrix_transpose(part), _rows(x, at), a_real=real_t, b_real=_rows(x_real, at))
+        return dw, xp.sum(part, axis=0)
 
     def collect(_: Tile, parts: tuple[Array, Array]) -> None:
         dweight[...] += parts[0]
@@ -285,9 +313,15 @@ def _apply_backward(dy: Array, x: Array, linear: _Linear) -> tuple[Array, _Linea
     return dx, _Linear(dweight, dbias)
 
 
-def _rows(x: Array) -> Array:
-    """Return (..., L, E) as one matrix of rows."""
-    return backend.namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+def _product(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None) -> Array:
+    return a @ b if a_real is None and b_real is None else _masked.matmul(a, b, a_real, b_real)
+
+
+def _rows(x: Array | None, at: tuple[Any, ...]) -> Array | None:
+    """Return a part of (..., L, E) as one matrix of rows."""
+    if x is None:
+        return None
+    return backend.namespace(x).reshape(x[at], (math.prod(x[at].shape[:-1]), x.shape[-1]))
 
 
 def _tiles(x: Array, linear: _Linear) -> Iterator[Tile]:

@@ -3,8 +3,11 @@
 import cases
 import numpy as np
 import oracles
+import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
+import refimpl
 from refimpl import multi_head_attention, multi_head_attention_backward, scaled_dot_product_attention
 
 
@@ -59,3 +62,52 @@ def test_self_attention_with_one_array_sums_its_gradients():
     above, below = (multi_head_attention(y, y, y, params, num_heads=2) for y in (x + step, x - step))
     dx = grads.dquery + grads.dkey + grads.dvalue
     np.testing.assert_allclose(np.sum(dx * step), np.sum(dout * (above - below)) / 2, rtol=1e-7)
+
+
+@given(case=cases.multi_head(), value=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_hidden_tokens_never_matter(backend, case, value):
+    """Poison in queries that see no key and in keys and values that no query sees, whatever the projections."""
+    query, key, value_array, params = case.arrays
+    heads = case.options["num_heads"]
+    options = {name: option for name, option in case.options.items() if name != "num_heads"}
+    visible = oracles.visible_pairs((*query.shape[:-2], heads, query.shape[-2], key.shape[-2]), options)
+    poisoned = [query.copy(), key.copy(), value_array.copy()]
+    blind, unseen = ~visible.any(axis=(-3, -1)), ~visible.any(axis=(-3, -2))
+    for array, hidden in zip(poisoned, (blind, unseen, unseen), strict=True):
+        if array.shape[:-1] == hidden.shape:
+            array[hidden] = value
+    results = []
+    for arrays in ((query, key, value_array), poisoned):
+        given_arrays, given_options = backend.arrays(((*arrays, params), case.options))
+        out = multi_head_attention(*given_arrays, **given_options)
+        dout = np.random.default_rng(0).normal(size=out.shape)
+        grads = multi_head_attention_backward(backend.array(dout), *given_arrays, **given_options)
+        results.append([out, *grads[:3], *(grads.dparams or {}).values(), grads.dbias])
+    for clean, dirty in zip(*results, strict=True):
+        if clean is not None:
+            clean, dirty = refimpl.backend.to_numpy(clean), refimpl.backend.to_numpy(dirty)
+            assert dirty.tobytes() == clean.tobytes()
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_a_hidden_token_meets_no_poison_in_a_projection(name):
+    """A query that sees no key gives the bias alone and takes no gradient, though 0 * inf would be NaN."""
+    params = {"in_proj_weight": normal(12, 4), "out_proj.weight": normal(4, 4), "out_proj.bias": normal(4)}
+    x, mask = normal(3, 4), np.ones((3, 3), dtype=bool)
+    mask[1] = False
+    params[name][0] = np.inf
+    out = multi_head_attention(x, x, x, params, num_heads=2, mask=mask)
+    np.testing.assert_array_equal(out[1], params["out_proj.bias"])
+    assert not np.isfinite(out[[0, 2]]).all()
+    grads = multi_head_attention_backward(normal(3, 4, seed=1), x, x, x, params, num_heads=2, mask=mask)
+    np.testing.assert_array_equal(grads.dquery[1], np.zeros(4))
+
+
+def test_a_poisoned_gradient_of_a_hidden_token_reaches_the_bias_alone():
+    params = {"in_proj_weight": normal(12, 4), "out_proj.weight": normal(4, 4), "out_proj.bias": normal(4)}
+    x, dout = normal(3, 4), normal(3, 4, seed=1)
+    dout[2] = np.nan
+    grads = multi_head_attention_backward(dout, x, x, x, params, num_heads=2, query_lengths=np.asarray(2))
+    assert np.isnan(grads.dparams["out_proj.bias"]).all()
+    assert np.isfinite(grads.dparams["out_proj.weight"]).all()
+    assert np.isfinite(grads.dparams["in_proj_weight"]).all()
