@@ -452,12 +452,10 @@ def _transposed_sum(call: _Call, weights: Array, visible: Array | None, x: Array
 def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) -> Array:
     """Return `weights @ x` over visible pairs; the weights are 0 at hidden ones.
 
-    Taking out what is not finite and adding 0 make no difference to finite numbers, but to bits: the same memory layout
-    is multiplied whatever hidden entries hold, and a sum of zeros is +0 whatever signs they have.
+    Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
     """
     if visible is None:
         return weights @ x
-    if not call.finite:
-        return _masked.matmul(weights, x, a_real=visible) + 0.0
-    xp = backend.namespace(x)
-    return weights @ xp.where(xp.isfinite(x), x, 0.0) + 0.0
+    if call.finite:
+        return _masked.finite(weights) @ _masked.finite(x) + 0.0
+    return _masked.matmul(weights, x, a_real=visible) + 0.0

@@ -110,7 +110,7 @@ def multi_head_attention(
     joined = _join(scaled_dot_product_attention(*heads, **options))
     if params is None:
         return joined
-    return _apply(joined, _out_proj(params), _real(arrays, params, heads, options)[0])
+    return _apply(joined, _out_proj(params), _hidden(arrays, params, heads, options))
 
 
 def multi_head_attention_backward(
@@ -180,12 +180,15 @@ def multi_head_attention_backward(
         dquery, dkey, dvalue = (_join(grad) for grad in grads[:3])
         return MultiHeadGrads(dquery, dkey, dvalue, None, grads.dbias, None)
     joined = _join(scaled_dot_product_attention(*heads, **options))
-    joined_real, *in_real = _real(arrays, params, heads, options)
-    djoined, dout_proj = _apply_backward(dout, joined, _out_proj(params), x_real=joined_real)
+    hidden = _hidden(arrays, params, heads, options)
+    real = hidden or _Hidden()
+    djoined, dout_proj = _apply_backward(dout, joined, _out_proj(params), hidden, x_real=real.joined)
     grads = scaled_dot_product_attention_backward(_split(djoined, num_heads), *heads, **options)
     into = [
-        _apply_backward(_join(grad), x, projection, dy_real=real)
-        for grad, x, projection, real in zip(grads[:3], (query, key, value), _in_proj(params), in_real, strict=True)
+        _apply_backward(_join(grad), x, projection, hidden, dy_real=dy_real)
+        for grad, x, projection, dy_real in zip(
+            grads[:3], (query, key, value), _in_proj(params), (real.query, real.key, real.value), strict=True
+        )
     ]
     dparams = _as_params(params, [dprojection for _, dprojection in into], dout_proj)
     dquery, dkey, dvalue = (dx for dx, _ in into)
@@ -255,32 +258,44 @@ def _join(heads: Array) -> Array:
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
 
-def _real(
-    arrays: Mapping[str, Array], params: Mapping[str, Array], heads: list[Array], options: Mapping[str, Any]
-) -> list[Array | None]:
-    """Return where the joined heads, and what enters them, are more than a structural 0; None: multiply as ever.
+class _Hidden(NamedTuple):
+    """Where the joined heads, and the projected query, key and value, are more than a structural 0 (None: unknown)."""
 
-    That is, unless a hidden token meets a NaN or inf: then 0 * NaN must not come up, in a projection either.
+    joined: Array | None = None
+    query: Array | None = None
+    key: Array | None = None
+    value: Array | None = None
+
+
+def _hidden(
+    arrays: Mapping[str, Array], params: Mapping[str, Array], heads: list[Array], options: Mapping[str, Any]
+) -> _Hidden | None:
+    """Return which tokens are hidden, if that may matter to a projection: it does where 0 would meet NaN or inf.
+
+    None if no option hides any; nothing known if all is finite, so that 0 may be multiplied.
     """
     hiding = ("bias", "mask", "window", "query_lengths", "key_lengths")
     hides = options["is_causal"] or any(options[name] is not None for name in hiding)
-    if not hides or all(backend.all_finite(array) for array in (*arrays.values(), *params.values())):
-        return [None] * 4
+    if not hides and not any(0 in head.shape for head in heads):  # no query, no key, no batch entry: nobody to meet
+        return None
+    if all(backend.all_finite(array) for array in (*arrays.values(), *params.values())):
+        return _Hidden()
     xp = backend.namespace(heads[0])
     features = [heads[2].shape[-1], *(head.shape[-1] for head in heads)]
     seen = zip(reached(*heads, **options), features, strict=True)
-    return [_join(xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen]
+    return _Hidden(*(_join(xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen))
 
 
-def _apply(x: Array, linear: _Linear, x_real: Array | None = None) -> Array:
-    """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D). `x` is 0 where it is not real."""
+def _apply(x: Array, linear: _Linear, hidden: _Hidden | None = None) -> Array:
+    """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D); `hidden` is given if `x` is the joined heads."""
     xp = backend.namespace(x)
     y = backend.full((*x.shape[:-1], linear.weight.shape[0]), 0, x)
     shift = 0.0 if linear.bias is None else linear.bias
+    x_real = None if hidden is None else hidden.joined
 
     def work(*rows: slice) -> None:
         at = (*rows, ...)
-        product = _product(_rows(x, at), xp.matrix_transpose(linear.weight), a_real=_rows(x_real, at))
+        product = _product(hidden, _rows(x, at), xp.matrix_transpose(linear.weight), a_real=_rows(x_real, at))
         y[at] = xp.reshape(product + shift, y[at].shape)
 
     backend.run(work, _tiles(x, linear), x)
@@ -288,9 +303,17 @@ def _apply(x: Array, linear: _Linear, x_real: Array | None = None) -> Array:
 
 
 def _apply_backward(
-    dy: Array, x: Array, linear: _Linear, x_real: Array | None = None, dy_real: Array | None = None
+    dy: Array,
+    x: Array,
+    linear: _Linear,
+    hidden: _Hidden | None,
+    x_real: Array | None = None,
+    dy_real: Array | None = None,
 ) -> tuple[Array, _Linear]:
-    """Return the gradients of `sum(dy * _apply(x, linear))`: that of x, and those of the projection."""
+    """Return the gradients of `sum(dy * _apply(x, linear))`: that of x, and those of the projection.
+
+    With `y = x @ weight^T + bias` of rows x: dx = dy @ weight, dweight = dy^T @ x, dbias = dy summed over rows.
+    """
     xp = backend.namespace(x)
     dx = backend.full(tuple(x.shape), 0, x)
     dweight = backend.full(tuple(linear.weight.shape), 0, x)
@@ -299,9 +322,9 @@ def _apply_backward(
     def work(*rows: slice) -> tuple[Array, Array]:
         at = (*rows, ...)
         part, real = _rows(dy, at), _rows(dy_real, at)  # (rows, D)
-        dx[at] = xp.reshape(_product(part, linear.weight, a_real=real), dx[at].shape)
         real_t = None if real is None else xp.matrix_transpose(real)
-        dw = _product(xp.matrix_transpose(part), _rows(x, at), a_real=real_t, b_real=_rows(x_real, at))
+        dx[at] = xp.reshape(_product(hidden, part, linear.weight, real), dx[at].shape)
+        dw = _product(hidden, xp.matrix_transpose(part), _rows(x, at), real_t, _rows(x_real, at))
         return dw, xp.sum(part, axis=0)
 
     def collect(_: Tile, parts: tuple[Array, Array]) -> None:
@@ -313,8 +336,15 @@ def _apply_backward(
     return dx, _Linear(dweight, dbias)
 
 
-def _product(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None) -> Array:
-    return a @ b if a_real is None and b_real is None else _masked.matmul(a, b, a_real, b_real)
+def _product(
+    hidden: _Hidden | None, a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None
+) -> Array:
+    """Return `a @ b`, where something is hidden over real pairs and with the same bits whatever hidden entries hold."""
+    if hidden is None:
+        return a @ b
+    if a_real is None and b_real is None and hidden.joined is None:
+        return _masked.finite(a) @ _masked.finite(b)
+    return _masked.matmul(a, b, a_real, b_real)
 
 
 def _rows(x: Array | None, at: tuple[Any, ...]) -> Array | None:

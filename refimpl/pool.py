@@ -66,7 +66,8 @@ def max_pool(
     Notes
     -----
     In one dimension, `out[..., o] = max over k of x[..., o * stride + k * dilation - low]`. Of equal maxima the
-    first in row-major order wins; the first NaN wins over everything.
+    first in row-major order wins; the first NaN wins over everything. Zeros of both signs are equal: which sign comes
+    out is open.
 
     References
     ----------

@@ -103,6 +103,15 @@ def test_a_hidden_token_meets_no_poison_in_a_projection(name):
     np.testing.assert_array_equal(grads.dquery[1], np.zeros(4))
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(0, 2), (2, 0)])
+def test_poison_in_tokens_that_have_nobody_to_meet(rows, keys):
+    params = {"in_proj_weight": normal(12, 4), "in_proj_bias": normal(12), "out_proj.weight": normal(4, 4)}
+    query, key = np.full((rows, 4), np.nan), np.full((keys, 4), np.nan)
+    grads = multi_head_attention_backward(np.ones((rows, 4)), query, key, key, params, num_heads=2)
+    for array in (grads.dquery, grads.dkey, grads.dvalue, *grads.dparams.values()):
+        np.testing.assert_array_equal(array, np.zeros(array.shape))
+
+
 def test_a_poisoned_gradient_of_a_hidden_token_reaches_the_bias_alone():
     params = {"in_proj_weight": normal(12, 4), "out_proj.weight": normal(4, 4), "out_proj.bias": normal(4)}
     x, dout = normal(3, 4), normal(3, 4, seed=1)
