@@ -14,9 +14,10 @@ import os
 import reprlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -287,35 +288,68 @@ def _one_by_one(work: Callable[..., Any], tiles: Iterable[Tile]) -> Generator[tu
 def _on_threads(
     work: Callable[..., Any], tiles: Iterable[Tile], threads: int, ahead: int
 ) -> Generator[tuple[Tile, Any], None, None]:
-    """Yield the results in the order of the tiles, while the next ones are computed; none is left running."""
+    """Yield the results in the order of the tiles, while up to `ahead` more are computed.
 
-    def quiet(tile: Tile) -> Any:
-        with np.errstate(all="ignore"):  # a context variable: the one of the caller is not seen here
-            return work(*tile)
+    The threads belong to the call, and leave by themselves: a fork lacks none, and wherever an error or Ctrl-C strikes
+    (be it inside `start`, where an executor would lose a thread), no tile runs on afterwards.
+    """
+    todo: SimpleQueue[tuple[int, Tile] | None] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+    lock, running, stopped, crew = threading.Lock(), 0, False, 0
 
-    # A pool of its own for each call (0.5 ms, little beside two tiles of the default size) leaves nothing behind: no
-    # thread that a fork would lack, and none that Ctrl-C could lose sight of, wherever it strikes.
-    pool, pending = ThreadPoolExecutor(threads, "refimpl"), collections.deque[tuple[Tile, Future[Any]]]()
+    def serve() -> None:
+        nonlocal running
+        while (item := todo.get()) is not None:
+            with lock:
+                if stopped:
+                    return
+                running += 1
+            number, result, error = item[0], None, None
+            try:
+                with np.errstate(all="ignore"):  # a context variable: the one of the caller is not seen here
+                    result = work(*item[1])
+            except BaseException as raised:  # the caller's to handle
+                error = raised
+            with lock:
+                running -= 1
+            done.put((number, result, error))
 
-    def submit(tile: Tile) -> Future[Any]:
-        try:
-            return pool.submit(quiet, tile)
-        except RuntimeError:  # no thread is to be had: the interpreter is shutting down, or the system has no more
-            future: Future[Any] = Future()
-            future.set_result(quiet(tile))
-            return future
+    arrived: dict[int, tuple[Any, BaseException | None]] = {}
 
+    def take(number: int) -> Any:
+        while number not in arrived:
+            other, *outcome = done.get()
+            arrived[other] = outcome[0], outcome[1]
+        result, error = arrived.pop(number)
+        if error is not None:
+            raise error
+        return result
+
+    pending = collections.deque[tuple[int, Tile]]()
     try:
-        for tile in tiles:
+        try:
+            for _ in range(threads):
+                threading.Thread(target=serve, name="refimpl", daemon=True).start()
+                crew += 1
+        except RuntimeError:  # the system has no more threads, or the interpreter is shutting down
+            if crew == 0:
+                yield from _one_by_one(work, tiles)
+                return
+        for number, tile in enumerate(tiles):
             if len(pending) == ahead:
-                done, future = pending.popleft()
-                yield done, future.result()
-            pending.append((tile, submit(tile)))
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
+                oldest, its_tile = pending.popleft()
+                yield its_tile, take(oldest)
+            todo.put((number, tile))
+            pending.append((number, tile))
+        for oldest, its_tile in pending:
+            yield its_tile, take(oldest)
     finally:
-        pool.shutdown(cancel_futures=True)
+        with lock:
+            stopped = True
+        for _ in range(threads):
+            todo.put(None)
+        while running:
+            time.sleep(0.001)
 
 
 @functools.cache

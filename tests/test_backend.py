@@ -236,6 +236,17 @@ atexit.register(last)
     assert (done.stdout, done.stderr) == ("144.0\n", "")
 
 
+def test_without_threads_to_be_had_the_caller_does_the_work(monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    order = []
+    with be.limits(threads=2, tile_bytes=8):
+        be.run(lambda part: part.start, be.tiles((9,), 8), np.ones(1), collect=lambda _, result: order.append(result))
+    assert order == list(range(9))
+
+
 def test_threads_are_a_number_of_the_environment():
     code = "import refimpl.backend as b; print(b._usable_cores())"
     for value, cores in (("3", 3), ("", None), ("many", None)):
