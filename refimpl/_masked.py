@@ -12,12 +12,19 @@ def select(real: Array | None, array: Array) -> Array:
 
 
 def finite(x: Array) -> Array:
-    """Return a copy with 0 in place of NaN and inf.
-
-    Of finite arrays, too, where a product must have the same bits whatever hidden entries hold: BLAS rounds by layout.
-    """
+    """Return a copy with 0 in place of NaN and inf."""
     xp = backend.namespace(x)
     return xp.where(xp.isfinite(x), x, 0.0)
+
+
+def laid_out(x: Array) -> Array:
+    """Return a copy in the memory layout of `finite(x)`, with all its values.
+
+    For products that must have the same bits whether or not a hidden entry makes `matmul` necessary: BLAS rounds by
+    layout.
+    """
+    xp = backend.namespace(x)
+    return xp.where(xp.isfinite(x), x, x)
 
 
 def matmul(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None) -> Array:

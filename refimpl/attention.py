@@ -280,7 +280,7 @@ def _probabilities(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array, 
     largest = xp.where(sees, xp.max(s, axis=-1, keepdims=True), 0.0)
     p = xp.exp(s - largest)
     total = xp.sum(p, axis=-1, keepdims=True)
-    p = _masked.select(visible, p / xp.where(sees, total, 1.0))  # last: one NaN makes NaN of all that it is divided by
+    p = _masked.select(visible, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
     return p, (largest + xp.log(total))[..., 0], visible
 
 
@@ -457,5 +457,5 @@ def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) 
     if visible is None:
         return weights @ x
     if call.finite:
-        return _masked.finite(weights) @ _masked.finite(x) + 0.0
+        return weights @ _masked.laid_out(x) + 0.0
     return _masked.matmul(weights, x, a_real=visible) + 0.0

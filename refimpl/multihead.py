@@ -343,7 +343,7 @@ def _product(
     if hidden is None:
         return a @ b
     if a_real is None and b_real is None and hidden.joined is None:
-        return _masked.finite(a) @ _masked.finite(b)
+        return _masked.laid_out(a) @ _masked.laid_out(b)
     return _masked.matmul(a, b, a_real, b_real)
 
 

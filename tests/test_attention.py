@@ -73,6 +73,28 @@ def test_visible_poison_reaches_exactly_what_depends_on_it(value):
     assert np.isfinite(grads.dvalue).all()
 
 
+@pytest.mark.parametrize("tile_bytes", [1, 1 << 24])
+def test_a_visible_nan_in_the_bias_reaches_its_row(backend, tile_bytes):
+    """Also where query, key and value are finite, and another option hides other pairs."""
+    query, key, values, dout = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 2), normal(2, 3, 2)
+    bias, mask = normal(2, 3, 5), np.ones((3, 5), dtype=bool)
+    bias[1, 2, 0] = np.nan
+    mask[:, 4] = False
+    options = backend.arrays({"bias": bias, "mask": mask})
+    with refimpl.backend.limits(tile_bytes=tile_bytes):
+        out = refimpl.backend.to_numpy(attention(*backend.arrays((query, key, values)), **options))
+        grads = attention_backward(*backend.arrays((dout, query, key, values)), **options)
+    dquery, dkey, dvalue, dbias = (refimpl.backend.to_numpy(grad) for grad in grads[:4])
+    row = np.zeros((2, 3), dtype=bool)
+    row[1, 2] = True
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(row[..., None], out.shape))
+    np.testing.assert_array_equal(np.isnan(dquery), np.broadcast_to(row[..., None], dquery.shape))
+    np.testing.assert_array_equal(np.isnan(dbias), row[..., None] & mask)
+    seen = row.any(axis=1)[:, None] & mask[2]
+    np.testing.assert_array_equal(np.isnan(dkey), np.broadcast_to(seen[..., None], dkey.shape))
+    np.testing.assert_array_equal(np.isnan(dvalue), np.broadcast_to(seen[..., None], dvalue.shape))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_poisoned_query_reaches_only_the_keys_that_it_sees(value):
     query, x = np.array([[value], [1.0]]), np.array([[1.0], [2.0]])

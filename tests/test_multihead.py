@@ -120,3 +120,15 @@ def test_a_poisoned_gradient_of_a_hidden_token_reaches_the_bias_alone():
     assert np.isnan(grads.dparams["out_proj.bias"]).all()
     assert np.isfinite(grads.dparams["out_proj.weight"]).all()
     assert np.isfinite(grads.dparams["in_proj_weight"]).all()
+
+
+def test_a_visible_nan_in_the_bias_reaches_the_result_and_the_parameters():
+    params = {"in_proj_weight": normal(12, 4), "out_proj.weight": normal(4, 4)}
+    x, bias = normal(3, 4), np.zeros((2, 3, 3))
+    bias[:, 1, 0] = np.nan
+    out = multi_head_attention(x, x, x, params, num_heads=2, is_causal=True, bias=bias)
+    assert np.isnan(out).tolist() == [[False] * 4, [True] * 4, [False] * 4]
+    grads = multi_head_attention_backward(normal(3, 4, seed=1), x, x, x, params, num_heads=2, is_causal=True, bias=bias)
+    assert all(np.isnan(array).all() for array in grads.dparams.values())
+    assert np.isnan(grads.dquery).tolist() == [[False] * 4, [True] * 4, [False] * 4]
+    assert np.isnan(grads.dkey).tolist() == [[True] * 4, [True] * 4, [False] * 4]
