@@ -294,7 +294,7 @@ from threadpoolctl import threadpool_info
 def blas(): return [i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"]
 before, done = blas(), []
 def work(part):
-    if not done: print("started", flush=True)
+    if part.start == 0: print("started", flush=True)
     done.append(threading.Event().wait(0.02))
 try:
     with b.limits(threads=2, tile_bytes=8): b.run(work, b.tiles((100000,), 8), np.ones(1))
