@@ -331,7 +331,7 @@ def _prepare(
     if is_causal:
         right = 0
     offset = query_offset if backend.is_array(query_offset) else int(query_offset)
-    hides = any(option is not None for option in (bias, mask, left, right, query_lengths, key_lengths))
+    hides = may_hide(bias, mask, is_causal, window, query_lengths, key_lengths)
     return _Call(
         query=_heads(query, space),
         key=_heads(key, space),
@@ -348,6 +348,20 @@ def _prepare(
         shape=shape,
         space=space,
     )
+
+
+def may_hide(
+    bias: Array | None,
+    mask: Array | None,
+    is_causal: bool,
+    window: Window | None,
+    query_lengths: Array | None,
+    key_lengths: Array | None,
+    **_: Any,
+) -> bool:
+    """Return whether any option, of all that attention takes, may hide a pair."""
+    sides = (None, None) if window is None else window
+    return is_causal or any(option is not None for option in (bias, mask, *sides, query_lengths, key_lengths))
 
 
 def _heads(array: Array, space: tuple[int, ...]) -> Array:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from . import _checks, _masked, backend
 from .attention import (
     Window,
+    may_hide,
     reached,
     scaled_dot_product_attention,
     scaled_dot_product_attention_backward,
@@ -274,9 +275,8 @@ def _hidden(
 
     None if no option hides any; nothing known if all is finite, so that 0 may be multiplied.
     """
-    hiding = ("bias", "mask", "window", "query_lengths", "key_lengths")
-    hides = options["is_causal"] or any(options[name] is not None for name in hiding)
-    if not hides and not any(0 in head.shape for head in heads):  # no query, no key, no batch entry: nobody to meet
+    nobody = any(0 in head.shape[:-1] for head in heads)  # no query, no key, or no batch entry to meet
+    if not nobody and not may_hide(**options):
         return None
     if all(backend.all_finite(array) for array in (*arrays.values(), *params.values())):
         return _Hidden()

@@ -32,6 +32,16 @@ def _cast(tree, dtype):
     return tree.astype(dtype) if isinstance(tree, np.ndarray) and tree.dtype.kind == "f" else tree
 
 
+def ramp(*shape):
+    """Return whole numbers without a pattern that a mistake could hide in."""
+    return ((np.arange(int(np.prod(shape))) * 7 + 3) % 11 - 5).reshape(shape).astype(float)
+
+
+def normal(*shape, seed=0):
+    """Return normal numbers, others for each shape and seed."""
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
 @st.composite
 def values(draw, shape, kind):
     """Draw an array: `integers` (sums are exact), `normal`, or `distinct` (no two closer than 0.1)."""

@@ -4,15 +4,12 @@ import cases
 import numpy as np
 import oracles
 import pytest
+from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
 from refimpl import multi_head_attention, multi_head_attention_backward, scaled_dot_product_attention
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 @given(case=cases.multi_head())
@@ -132,3 +129,14 @@ def test_a_visible_nan_in_the_bias_reaches_the_result_and_the_parameters():
     assert all(np.isnan(array).all() for array in grads.dparams.values())
     assert np.isnan(grads.dquery).tolist() == [[False] * 4, [True] * 4, [False] * 4]
     assert np.isnan(grads.dkey).tolist() == [[True] * 4, [True] * 4, [False] * 4]
+
+
+def test_poison_where_values_have_no_features():
+    params = {
+        "q_proj_weight": normal(4, 4), "k_proj_weight": normal(4, 4), "v_proj_weight": np.ones((0, 4)),
+        "out_proj.weight": np.ones((3, 0)), "out_proj.bias": normal(3),
+    }  # fmt: skip
+    x = np.full((2, 4), np.nan)
+    np.testing.assert_array_equal(
+        multi_head_attention(x, x, x, params, num_heads=2), np.broadcast_to(params["out_proj.bias"], (2, 3))
+    )
