@@ -6,6 +6,7 @@ import cases
 import numpy as np
 import oracles
 import pytest
+from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,10 +14,6 @@ import refimpl
 from refimpl import scaled_dot_product_attention as attention
 from refimpl import scaled_dot_product_attention_backward as attention_backward
 from refimpl.testing import check_gradients
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 @given(case=cases.attention())

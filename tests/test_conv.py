@@ -6,17 +6,12 @@ import cases
 import numpy as np
 import oracles
 import pytest
+from cases import ramp
 from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
 from refimpl import conv, conv_backward, conv_transpose, conv_transpose_backward
-
-
-def ramp(*shape):
-    """Whole numbers without a pattern that a mistake could hide in."""
-    size = int(np.prod(shape))
-    return ((np.arange(size) * 7 + 3) % 11 - 5).reshape(shape).astype(float)
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
@@ -30,21 +25,14 @@ def test_agrees_with_loops(op, data):
         np.testing.assert_array_equal(actual, reference)
 
 
-@given(case=cases.conv(kind="integers"))
-def test_gradients_are_adjoints(case):
+@pytest.mark.parametrize("op", ["conv", "conv_transpose"])
+@given(data=st.data())
+def test_gradients_are_adjoints(op, data):
+    case = data.draw(cases.EVERY_OP[op](kind="integers"))
     x, weight, _ = case.arrays
-    out = conv(x, weight, **case.options)
+    out = case.f(x, weight, **case.options)
     dout = ramp(*out.shape)
-    grads = conv_backward(dout, x, weight, **case.options)
-    assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
-
-
-@given(case=cases.conv_transpose(kind="integers"))
-def test_transposed_gradients_are_adjoints(case):
-    x, weight, _ = case.arrays
-    out = conv_transpose(x, weight, **case.options)
-    dout = ramp(*out.shape)
-    grads = conv_transpose_backward(dout, x, weight, **case.options)
+    grads = case.f_backward(dout, x, weight, **case.options)
     assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
 
 

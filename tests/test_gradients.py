@@ -4,15 +4,11 @@ import re
 
 import numpy as np
 import pytest
+from cases import normal
 
 import refimpl
 from refimpl import conv, conv_backward
 from refimpl.testing import check_gradients
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
-
 
 SMALL = (normal(1, 2, 4, 3), normal(2, 2, 3, 2), normal(2))
 LARGE = (normal(2, 3, 12, 12), normal(3, 3, 5, 5), normal(3))

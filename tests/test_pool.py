@@ -4,16 +4,12 @@ import cases
 import numpy as np
 import oracles
 import pytest
+from cases import ramp
 from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
 from refimpl import avg_pool, avg_pool_backward, max_pool, max_pool_backward
-
-
-def ramp(*shape):
-    """Whole numbers without a pattern that a mistake could hide in."""
-    return ((np.arange(int(np.prod(shape))) * 7 + 3) % 11 - 5).reshape(shape).astype(float)
 
 
 @given(case=cases.max_pool(kind="integers"))
