@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 Padding = str | tuple[tuple[int, int], ...]
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class Window(NamedTuple):
@@ -81,17 +82,54 @@ class Window(NamedTuple):
         return beyond if beyond < self.out else None
 
 
+class AdaptiveWindow(NamedTuple):
+    """Windows that share out a dimension: window `o` is `[floor(o * size / out), ceil((o + 1) * size / out))`.
+
+    Windows `o` and `o + out / gcd` lie `size / gcd` elements apart, with `gcd` that of `size` and `out`. So the windows
+    fall into `out / gcd` families, each as regular as those of a `Window`.
+    """
+
+    size: int
+    """The elements that the windows share out."""
+    out: int
+    """How many windows there are."""
+
+    @property
+    def padded(self) -> "AdaptiveWindow":
+        """The same windows: there is no padding."""
+        return self
+
+    def taps(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield `(k, reads, writes)` for every tap of every family, in the order of the taps: see `Window.tap`."""
+        families = self.out // math.gcd(self.size, self.out)
+        stride = self.size * families // self.out
+        firsts = range(start, min(stop, start + families))
+        begins = [o * self.size // self.out for o in firsts]
+        ends = [-(-(o + 1) * self.size // self.out) for o in firsts]
+        for k in range(max(e - b for b, e in zip(begins, ends, strict=True))):
+            for o, begin, end in zip(firsts, begins, ends, strict=True):
+                if begin + k < end:
+                    count = len(range(o, stop, families))
+                    reads = slice(begin + k, begin + k + (count - 1) * stride + 1, stride)
+                    yield k, reads, slice(o - start, stop - start, families)
+
+
 Windows = tuple[Window, ...]
+AnyWindows = Sequence[Window | AdaptiveWindow]
 
 
-def taps(windows: Windows, outputs: Sequence[slice]) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield every tap of the kernel that meets an element, in row-major order: `(number, reads, writes)`."""
+Tap = tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]
+
+
+def taps(windows: AnyWindows, outputs: Sequence[slice]) -> Iterator[Tap]:
+    """Yield every tap of the kernel that meets an element: `(where in the kernel, reads, writes)`.
+
+    For each output, its taps come in row-major order.
+    """
     along = [list(window.taps(o.start, o.stop)) for window, o in zip(windows, outputs, strict=True)]
     for found in itertools.product(*along):
-        number = 0
-        for window, (k, _, _) in zip(windows, found, strict=True):
-            number = number * window.kernel + k
-        yield number, tuple(reads for _, reads, _ in found), tuple(writes for _, _, writes in found)
+        k, reads, writes = zip(*found, strict=True)
+        yield k, reads, writes
 
 
 def conv_window(size: int, kernel: int, stride: int, dilation: int, padding: tuple[int, int] | str) -> Window:

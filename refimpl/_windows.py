@@ -3,8 +3,12 @@
 T taps of the kernel; `(*S)` the elements that windows slide over; `(*O)` the windows of a tile.
 """
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 from . import backend
-from ._geometry import Windows, taps
+from ._geometry import AdaptiveWindow, AnyWindows, Windows, taps
 from .backend import Array, Tile
 
 
@@ -25,14 +29,13 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     -------
     (..., T, *O)
     """
+    xp = backend.namespace(x)
     kept = (*(s.stop - s.start for s in lead), *x.shape[len(lead) : x.ndim - len(windows)])
-    count = 1
-    for window in windows:
-        count *= window.kernel
-    columns = backend.full((*kept, count, *(o.stop - o.start for o in outputs)), 0, x)
-    for t, reads, writes in taps(windows, outputs):
-        columns[(..., t, *writes)] = x[(*lead, ..., *reads)]
-    return columns
+    sizes = tuple(o.stop - o.start for o in outputs)
+    columns = backend.full((*kept, *(window.kernel for window in windows), *sizes), 0, x)
+    for k, reads, writes in taps(windows, outputs):
+        columns[(..., *k, *writes)] = x[(*lead, ..., *reads)]
+    return xp.reshape(columns, (*kept, math.prod(window.kernel for window in windows), *sizes))
 
 
 def add_back(columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> None:
@@ -40,17 +43,84 @@ def add_back(columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Ti
 
     The adjoint of `gather`: `<gather(x), columns> = <x, add_back(columns)>`. Taps in padding are dropped.
     """
-    for t, reads, writes in taps(windows, outputs):
-        x[(*lead, ..., *reads)] += columns[(..., t, *writes)]
+    xp = backend.namespace(columns)
+    kernel, first = tuple(window.kernel for window in windows), columns.ndim - len(windows) - 1
+    columns = xp.reshape(columns, (*columns.shape[:first], *kernel, *columns.shape[first + 1 :]))
+    for k, reads, writes in taps(windows, outputs):
+        x[(*lead, ..., *reads)] += columns[(..., *k, *writes)]
 
 
-def counts(windows: Windows, like: Array) -> list[Array]:
+def counts(windows: AnyWindows, like: Array) -> list[Array]:
     """Return, along each dimension, how many taps of each window meet an element; one array `(O,)` a dimension."""
     xp = backend.namespace(like)
     result = []
     for window in windows:
-        begin = backend.arange(0, window.out, like) * window.stride - window.low
-        first = xp.clip(-(begin // window.dilation), 0, window.kernel)
-        after = xp.clip((window.size - 1 - begin) // window.dilation + 1, 0, window.kernel)
+        o = backend.arange(0, window.out, like)
+        if isinstance(window, AdaptiveWindow):
+            first, after = o * window.size // window.out, -(-(o + 1) * window.size // window.out)
+        else:
+            begin = o * window.stride - window.low
+            first = xp.clip(-(begin // window.dilation), 0, window.kernel)
+            after = xp.clip((window.size - 1 - begin) // window.dilation + 1, 0, window.kernel)
         result.append(xp.astype(after - first, like.dtype))
     return result
+
+
+def fill_padding(x: Array, windows: Windows, mode: str) -> tuple[Array, Windows]:
+    """Return a copy of `x` with its padding filled from its elements, and the windows that slide over both.
+
+    `reflect` mirrors at the border element, `replicate` repeats it, `circular` goes on at the other end. One dimension
+    after the other, so that corners are filled from what is filled already. With `zeros`, padding stays outside of `x`.
+    """
+    if mode == "zeros":
+        return x, windows
+    first = x.ndim - len(windows)
+    filled = backend.full((*x.shape[:first], *(w.low + w.size + w.high for w in windows)), 0, x)
+    filled[(..., *_inside(windows))] = x
+    for to, origin in _copies(windows, mode):
+        filled[to] = filled[origin]
+    return filled, tuple(window.padded for window in windows)
+
+
+def fold_padding(dfilled: Array, windows: Windows, mode: str) -> Array:
+    """Return the gradient of `x` from that of `fill_padding(x)`, which is written to: its adjoint.
+
+    What was copied adds its gradient to where it came from, in the reverse order.
+    """
+    if mode == "zeros":
+        return dfilled
+    xp = backend.namespace(dfilled)
+    for to, origin in reversed(list(_copies(windows, mode))):
+        part = dfilled[to]
+        for d in range(part.ndim):
+            if dfilled[origin].shape[d] < part.shape[d]:  # one element, repeated
+                part = xp.sum(part, axis=d, keepdims=True)
+        dfilled[origin] += part
+    dx = backend.full((*dfilled.shape[: dfilled.ndim - len(windows)], *(w.size for w in windows)), 0, dfilled)
+    dx[...] = dfilled[(..., *_inside(windows))]
+    return dx
+
+
+def _inside(windows: Windows) -> Tile:
+    """Return where the elements lie among elements and padding."""
+    return tuple(slice(window.low, window.low + window.size) for window in windows)
+
+
+def _copies(windows: Windows, mode: str) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """Yield `(to, origin)` for each side that has padding: what is filled, and from where, among both."""
+    for d, window in enumerate(windows):
+        begin, end = window.low, window.low + window.size
+        low, high = slice(0, begin), slice(end, end + window.high)
+        if mode == "reflect":
+            of_low = slice(begin + window.low, begin, -1)
+            after = end - 2 - window.high
+            of_high = slice(end - 2, after if after >= 0 else None, -1)
+        elif mode == "replicate":
+            of_low, of_high = slice(begin, begin + 1), slice(end - 1, end)
+        else:
+            of_low, of_high = slice(end - window.low, end), slice(begin, begin + window.high)
+        rest = (slice(None),) * (len(windows) - d - 1)
+        if window.low:
+            yield (..., low, *rest), (..., of_low, *rest)
+        if window.high:
+            yield (..., high, *rest), (..., of_high, *rest)

@@ -1,23 +1,28 @@
-"""Scaled dot-product attention.
+"""Scaled dot-product attention: its output, its weights, and the gradients of both.
 
 A tile is some heads x some query rows x all the keys that these rows may see, so that the softmax of a row is computed
-whole. `_probabilities` is the formula; the backward calls it again for each tile rather than keep what is quadratic.
+whole. `_softmax` is the formula; the backward calls it again for each tile rather than keep what is quadratic.
 
-H heads (Hq of the queries, Hkv of keys and values, R = Hq / Hkv queries that share a key head); L length; E features.
-Inside, a query is (..., Hkv, R, Lq, E) and a key (..., Hkv, 1, Lk, E): sharing heads is broadcasting, like any other.
+H heads (Hq of the queries, Hkv of keys and values); L length; E features.
 """
 
-import functools
 import math
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from . import _checks, _masked, backend
+from ._pairs import Call, accumulate, as_given, by_heads, prepare, take, transposed_sum, visible, weighted_sum
 from .backend import Array, Tile
 
-__all__ = ["AttentionGrads", "scaled_dot_product_attention", "scaled_dot_product_attention_backward"]
+__all__ = [
+    "AttentionGrads",
+    "AttentionWeightsGrads",
+    "attention_weights",
+    "attention_weights_backward",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
+]
 
 Window = tuple[int | None, int | None]
 
@@ -28,6 +33,15 @@ class AttentionGrads(NamedTuple):
     dquery: Array
     dkey: Array
     dvalue: Array
+    dbias: Array | None
+    dsink: Array | None
+
+
+class AttentionWeightsGrads(NamedTuple):
+    """The gradients of the weights of attention: as in `AttentionGrads`."""
+
+    dquery: Array
+    dkey: Array
     dbias: Array | None
     dsink: Array | None
 
@@ -44,7 +58,11 @@ def scaled_dot_product_attention(
     query_offset: int | Array = 0,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    dropout_mask: Array | None = None,
+    dropout_p: float = 0.0,
     return_logsumexp: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Let every query take the mean of the values, weighted by the softmax of its scores with the keys.
@@ -52,7 +70,7 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : (..., Hq, Lq, E) or (Lq, E)
-        float32 or float64.
+        float64, float32, float16 or bfloat16.
     key : (..., Hkv, Lk, E) or (Lk, E)
         Query head h uses key head `h // (Hq / Hkv)`. The leading dimensions of query, key and value broadcast.
     value : (..., Hkv, Lk, Ev) or (Lk, Ev)
@@ -69,8 +87,17 @@ def scaled_dot_product_attention(
         The position of query 0 among the keys: 0 aligns both at their beginnings, `Lk - Lq` at their ends.
     query_lengths, key_lengths : integer array that broadcasts to the batch dimensions, optional
         How many queries and keys there are; what lies beyond is padding, and hidden.
+    sink : floating, (Hq,), or (1,) for arrays without heads, optional
+        One more logit for each head in the denominator of the softmax, for which there is no value.
     scale : float, optional
         `1 / sqrt(E)` unless given.
+    softcap : float, above 0, optional
+        Bounds the scores: `softcap * tanh(score / softcap)`, before the bias.
+    dropout_mask : bool, broadcasts to (..., Hq, Lq, Lk), optional
+        True where a weight is kept, and divided by `1 - dropout_p`. A dropped pair is no hidden one: a NaN in its value
+        stays visible.
+    dropout_p : float, in [0, 1)
+        The share that `dropout_mask` was drawn to drop.
     return_logsumexp : bool
         Return the logsumexp of the scores, too.
 
@@ -79,7 +106,8 @@ def scaled_dot_product_attention(
     out : (..., Hq, Lq, Ev) or (Lq, Ev)
         A new array of the dtype, backend and device of `query`. A query that sees no key gets 0.
     logsumexp : (..., Hq, Lq) or (Lq,)
-        With `return_logsumexp`: `log(sum over visible keys of exp(score))`, -inf for a query that sees no key.
+        With `return_logsumexp`: `log(sum over visible keys of exp(score))`, with the sink if there is one; -inf for a
+        query that sees nothing. float32 for float16 and bfloat16.
 
     Raises
     ------
@@ -92,16 +120,22 @@ def scaled_dot_product_attention(
     -----
     For every head, over the pairs (i, j) that every one of the options allows,
 
-        s = scale * query @ key^T + bias,    p = softmax(s) along the keys,    out = p @ value
+        s = softcap * tanh(scale * query @ key^T / softcap) + bias
+        p = exp(s) / (exp(sink) + sum over keys of exp(s))
+        out = dropout(p) @ value
+
+    without the tanh where there is no softcap, and without the sink where there is none.
 
     What a hidden pair holds never matters: a NaN or inf there reaches neither the output nor a gradient. To see that,
-    one flag is read when an option hides pairs, which on a GPU waits for the device.
+    one flag is read when an option hides pairs, which on a GPU waits for the device. float16 and bfloat16 are computed
+    in float32, from a copy, and rounded once.
 
     References
     ----------
     Vaswani et al., Attention is all you need, arXiv:1706.03762, equation 1. Shazeer, arXiv:1911.02150 and Ainslie et
-    al., arXiv:2305.13245 for shared key heads. `torch.nn.functional.scaled_dot_product_attention` (PyTorch 2) agrees,
-    but for queries that see no key, some of whose kernels give NaN.
+    al., arXiv:2305.13245 for shared key heads; Gemma 2, arXiv:2408.00118, section 2 for the softcap; gpt-oss,
+    arXiv:2508.10925, for a learned sink. `torch.nn.functional.scaled_dot_product_attention` (PyTorch 2) agrees, but
+    for queries that see no key, some of whose kernels give NaN.
 
     Examples
     --------
@@ -111,22 +145,16 @@ def scaled_dot_product_attention(
     array([[2.]])
     """
     name = "scaled_dot_product_attention"
+    options = {
+        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
+    }  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
-    call = _prepare(
-        name, {"query": query, "key": key, "value": value}, bias, mask, is_causal, window,
-        query_offset, query_lengths, key_lengths, scale,
-    )  # fmt: skip
-    out = backend.full((*call.space, value.shape[-1]), 0, query)
-    logsumexp = backend.full(call.space, -math.inf, query)
-
-    def work(*tile: slice) -> None:
-        keys = call.visible_keys(tile)
-        if keys is not None:
-            out[(*tile, ...)], logsumexp[tile] = _attend(call, tile, keys)
-
-    backend.run(work, call.tiles(4), query)
-    out = backend.namespace(query).reshape(out, call.shape)
-    return (out, backend.namespace(query).reshape(logsumexp, call.shape[:-1])) if return_logsumexp else out
+    call = _checked(name, {"query": query, "key": key, "value": value}, options)
+    out, logsumexp = attend(call)
+    out = backend.rounded(out, like=query)
+    return (out, logsumexp) if return_logsumexp else out
 
 
 def scaled_dot_product_attention_backward(
@@ -142,8 +170,13 @@ def scaled_dot_product_attention_backward(
     query_offset: int | Array = 0,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    dropout_mask: Array | None = None,
+    dropout_p: float = 0.0,
     return_logsumexp: bool = False,
+    dlogsumexp: Array | None = None,
 ) -> AttentionGrads:
     """Return the gradients of `sum(dout * scaled_dot_product_attention(query, key, value, ...))`.
 
@@ -151,28 +184,36 @@ def scaled_dot_product_attention_backward(
     ----------
     dout : (..., Hq, Lq, Ev) or (Lq, Ev)
         Of the shape, dtype and backend of the output.
-    query, key, value, bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, scale, return_logsumexp
+    query, key, value, bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, sink, scale, softcap
+        As for `scaled_dot_product_attention`.
+    dropout_mask, dropout_p, return_logsumexp
         As for `scaled_dot_product_attention`; `return_logsumexp` changes nothing.
+    dlogsumexp : (..., Hq, Lq) or (Lq,), optional
+        Of the shape and dtype of the logsumexp: adds the gradients of `sum(dlogsumexp * logsumexp)`.
 
     Returns
     -------
     AttentionGrads
-        `dquery`, `dkey`, `dvalue` and `dbias`, new arrays of the shapes and the dtype of the arguments, summed over
-        the dimensions along which these were broadcast; 0 for hidden pairs.
+        `dquery`, `dkey`, `dvalue`, `dbias` and `dsink`, new arrays of the shapes and the dtype of the arguments, summed
+        over the dimensions along which these were broadcast; 0 for hidden pairs.
 
     Raises
     ------
     TypeError, ValueError
-        As `scaled_dot_product_attention`, and if `dout` does not have the shape or dtype of the output.
+        As `scaled_dot_product_attention`, and if `dout` or `dlogsumexp` does not have the shape or dtype of its result.
 
     Notes
     -----
     From `out = p @ value`, the softmax `p_j = exp(s_j) / sum_k exp(s_k)`, whose derivative is
-    `dp_j / ds_k = p_j (1[j = k] - p_k)`, and `s = scale * query @ key^T + bias`:
+    `dp_j / ds_k = p_j (1[j = k] - p_k)`, the logsumexp, whose derivative by `s_j` is `p_j`, and
+    `s = softcap * tanh(t) + bias` with `t = scale * query @ key^T / softcap`, whose derivative is `1 - tanh(t)**2`:
 
-        dvalue = p^T @ dout,                              dp = dout @ value^T
-        ds     = p * (dp - sum over keys of p * dp)
-        dquery = scale * ds @ key,   dkey = scale * ds^T @ query,   dbias = ds
+        dvalue = dropout(p)^T @ dout,       dp = dropout(dout @ value^T)
+        dbias  = p * (dp - sum over keys of p * dp + dlogsumexp)
+        ds     = dbias * (1 - tanh(t)**2)
+        dquery = scale * ds @ key,          dkey = scale * ds^T @ query
+
+    The sink is one more score whose dp is 0.
 
     References
     ----------
@@ -188,288 +229,309 @@ def scaled_dot_product_attention_backward(
            [0.5]]))
     """
     name = "scaled_dot_product_attention_backward"
+    options = {
+        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
+    }  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
-    call = _prepare(
-        name, {"query": query, "key": key, "value": value, "dout": dout}, bias, mask, is_causal, window,
-        query_offset, query_lengths, key_lengths, scale,
-    )  # fmt: skip
-    xp = backend.namespace(query)
-    dout = _heads(dout, call.space)
-    dquery, dkey, dvalue = (backend.full(tuple(a.shape), 0, a) for a in (call.query, call.key, call.value))
-    dbias = None if call.bias is None else backend.full(tuple(call.bias.shape), 0, query)
-
-    def work(*tile: slice) -> list[tuple[Array, Tile, Array]]:
-        keys = call.visible_keys(tile)
-        if keys is None:
-            return []
-        dq, dk, dv, ds = _attend_backward(call, dout, tile, keys)
-        columns, pairs = (*tile[:-1], keys), (*tile, keys)
-        parts = [(dquery, tile, dq), (dkey, columns, dk), (dvalue, columns, dv), (dbias, pairs, ds)]
-        return parts if dbias is not None else parts[:3]
-
-    def collect(_: Tile, parts: list[tuple[Array, Tile, Array]]) -> None:
-        for total, at, part in parts:
-            _accumulate(total, at, part)
-
-    keys_and_values = call.key.shape[-2] * (call.key.shape[-1] + call.value.shape[-1]) * backend.itemsize(query)
-    backend.run(work, call.tiles(6), query, collect, result_bytes=keys_and_values)
-    return AttentionGrads(
-        dquery=xp.reshape(dquery, query.shape),
-        dkey=xp.reshape(dkey, key.shape),
-        dvalue=xp.reshape(dvalue, value.shape),
-        dbias=None if bias is None else xp.reshape(dbias, bias.shape),
-        dsink=None,
-    )
+    arrays = {"query": query, "key": key, "value": value, "dout": dout}
+    call = _checked(name, arrays, options, dlogsumexp)
+    grads = attend_backward(call, dout, dlogsumexp)
+    shaped = (as_given(grad, array) for grad, array in zip(grads, (query, key, value, bias, sink), strict=True))
+    return backend.rounded(AttentionGrads(*shaped), like=query)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a call as the tiles use them: every array (..., Hkv, R, ., .), with all batch dimensions."""
+def attention_weights(
+    query: Array,
+    key: Array,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    window: Window | None = None,
+    query_offset: int | Array = 0,
+    query_lengths: Array | None = None,
+    key_lengths: Array | None = None,
+    sink: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_logsumexp: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Return how much weight every query gives to every key: the softmax of its scores.
 
-    query: Array
-    key: Array
-    value: Array
-    bias: Array | None
-    mask: Array | None
-    first: int | Array | None
-    """Query i sees no key before `i + first`."""
-    last: int | Array | None
-    """Query i sees no key after `i + last`."""
-    query_lengths: Array | None
-    key_lengths: Array | None
-    scale: float
-    hides: bool
-    """Whether any option may hide a pair."""
-    finite: bool
-    """Whether query, key, value and dout hold no NaN or inf, so that a hidden pair may be multiplied by 0."""
-    shape: tuple[int, ...]
-    """That of the output."""
-    space: tuple[int, ...]
-    """What there is to cut into tiles: (..., Hkv, R, Lq)."""
+    Parameters
+    ----------
+    query : (..., Hq, Lq, E) or (Lq, E)
+    key : (..., Hkv, Lk, E) or (Lk, E)
+    bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, sink, scale, softcap, return_logsumexp
+        As for `scaled_dot_product_attention`.
 
-    def tiles(self, arrays: int) -> Iterator[Tile]:
-        """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys)."""
-        row = arrays * self.key.shape[-2] + self.key.shape[-1] + self.value.shape[-1]
-        return backend.tiles(self.space, row * backend.itemsize(self.query))
+    Returns
+    -------
+    weights : (..., Hq, Lq, Lk) or (Lq, Lk)
+        A new array of the dtype, backend and device of `query`; 0 for hidden pairs. A row sums to 1, with a sink to
+        less, and to 0 for a query that sees no key.
+    logsumexp : (..., Hq, Lq) or (Lq,)
+        With `return_logsumexp`, as for `scaled_dot_product_attention`.
 
-    def visible_keys(self, tile: Tile) -> slice | None:
-        """Return the keys outside of which the rows of the tile see none, or None if there are none."""
-        rows, start, stop = tile[-1], 0, int(self.key.shape[-2])
-        if isinstance(self.first, int):
-            start = max(start, rows.start + self.first)
-        if isinstance(self.last, int):
-            stop = min(stop, rows.stop + self.last)
-        return slice(start, stop) if start < stop else None
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind, dtype or backend.
+    ValueError
+        If a size or value does not fit.
+
+    Notes
+    -----
+    The p of `scaled_dot_product_attention`, whose output is `p @ value`. All of it is held at once, as the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> attention_weights(np.zeros((2, 1)), np.zeros((2, 1)), is_causal=True)
+    array([[1. , 0. ],
+           [0.5, 0.5]])
+    """
+    options = {
+        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+    }  # fmt: skip
+    _checks.flag("attention_weights", "return_logsumexp", return_logsumexp)
+    call = _checked("attention_weights", {"query": query, "key": key}, options)
+    weights, logsumexp = weigh(call)
+    weights = backend.rounded(weights, like=query)
+    return (weights, logsumexp) if return_logsumexp else weights
 
 
-def _probabilities(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array, Array | None]:
-    """Return softmax(s), its logsumexp, and which pairs are visible (None: all), for the rows of the tile."""
+def attention_weights_backward(
+    dout: Array,
+    query: Array,
+    key: Array,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    window: Window | None = None,
+    query_offset: int | Array = 0,
+    query_lengths: Array | None = None,
+    key_lengths: Array | None = None,
+    sink: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_logsumexp: bool = False,
+    dlogsumexp: Array | None = None,
+) -> AttentionWeightsGrads:
+    """Return the gradients of `sum(dout * attention_weights(query, key, ...))`.
+
+    Parameters
+    ----------
+    dout : (..., Hq, Lq, Lk) or (Lq, Lk)
+        Of the shape, dtype and backend of the weights.
+    query, key, bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, sink, scale, softcap
+        As for `attention_weights`.
+    return_logsumexp, dlogsumexp
+        As for `scaled_dot_product_attention_backward`.
+
+    Returns
+    -------
+    AttentionWeightsGrads
+        `dquery`, `dkey`, `dbias` and `dsink`, new arrays of the shapes and the dtype of the arguments, summed over the
+        dimensions along which these were broadcast; 0 for hidden pairs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention_weights`, and if `dout` or `dlogsumexp` does not have the shape or dtype of its result.
+
+    Notes
+    -----
+    Those of `scaled_dot_product_attention_backward`, from `dp = dout` on.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dout, x = np.array([[1.0, 0.0]]), np.array([[1.0], [0.0]])
+    >>> attention_weights_backward(dout, np.array([[0.0]]), x).dquery
+    array([[0.25]])
+    """
+    name = "attention_weights_backward"
+    options = {
+        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+    }  # fmt: skip
+    _checks.flag(name, "return_logsumexp", return_logsumexp)
+    call = _checked(name, {"query": query, "key": key, "dout": dout}, options, dlogsumexp)
+    dquery, dkey, _, dbias, dsink = attend_backward(call, dout, dlogsumexp)
+    shaped = (as_given(g, a) for g, a in zip((dquery, dkey, dbias, dsink), (query, key, bias, sink), strict=True))
+    return backend.rounded(AttentionWeightsGrads(*shaped), like=query)
+
+
+def _checked(function: str, arrays: dict[str, Array], options: dict[str, Any], dlogsumexp: Array | None = None) -> Call:
+    """Check the arguments and bring them into the form that the tiles use."""
+    scores = _checks.attention(function, arrays, options, dlogsumexp)
+    return prepare(arrays, scores, **options)
+
+
+def attend(call: Call) -> tuple[Array, Array]:
+    """Return the output and the logsumexp: (..., Hq, Lq, Ev), (..., Hq, Lq)."""
+    return _by_rows(call, _features(call.value), _attend)
+
+
+def weigh(call: Call) -> tuple[Array, Array]:
+    """Return the weights and the logsumexp: (..., Hq, Lq, Lk), (..., Hq, Lq)."""
+    return _by_rows(call, call.scores[-1], _weigh)
+
+
+def _features(array: Array | None) -> int:
+    return 0 if array is None else int(array.shape[-1])
+
+
+def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Array, Array]:
+    """Return what `of_tile` writes for every row, of so many columns, and its logsumexp."""
     xp = backend.namespace(call.query)
-    pairs = (*tile, keys)
-    s = (call.scale * _take(call.query, tile)) @ xp.matrix_transpose(_take(call.key, (*tile[:-1], keys)))
+    out = backend.full((*call.space, columns), 0, call.query)
+    logsumexp = backend.full(call.space, -math.inf, call.query)
+    if call.sink is not None:  # all that a query meets that sees no key
+        logsumexp[...] = call.sink[..., 0]
+
+    def work(*tile: slice) -> None:
+        keys = call.visible_keys(tile)
+        if keys is not None:
+            of_tile(call, tile, keys, out[(*tile, ...)], logsumexp[tile])
+
+    backend.run(work, call.tiles(4), call.query)
+    return xp.reshape(out, (*call.scores[:-1], columns)), xp.reshape(logsumexp, call.scores[:-1])
+
+
+def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[Array | None, ...]:
+    """Return the gradients of query, key, value, bias and sink, with the dimensions that these have in the call.
+
+    `dout` is the gradient of the output, or of the weights if the call has no value.
+    """
+    (dout,) = backend.widened(dout)
+    if call.hides and call.finite and call.value is not None:  # the queries' dout is what the weights are multiplied by
+        call = replace(call, finite=backend.all_finite(dout))
+    dout = by_heads(dout, call.space)
+    dlse = None if dlogsumexp is None else backend.namespace(dout).reshape(dlogsumexp, (*call.space, 1))
+    arguments = (call.query, call.key, call.value, call.bias, call.sink)
+    totals = [None if array is None else backend.full(tuple(array.shape), 0, array) for array in arguments]
+
+    def work(*tile: slice) -> list[tuple[Tile, Array | None]]:
+        keys = call.visible_keys(tile)
+        if keys is None:  # there is the sink alone
+            alone = dlse is not None and call.sink is not None
+            dsink = _masked.select(take(call.sink, tile) != -math.inf, dlse[(*tile, ...)]) if alone else None
+            return [*[((), None)] * 4, (tile, dsink)]
+        dq, dk, dv, ds, dsink = _attend_backward(call, dout, dlse, tile, keys)
+        columns, own = (*tile[:-1], keys), call.own_keys(keys)
+        return [
+            (tile, dq),
+            (columns, dk),
+            (columns, dv),
+            ((*tile, own), ds[..., : own.stop - own.start]),
+            (tile, dsink),
+        ]
+
+    def collect(_: Tile, parts: list[tuple[Tile, Array | None]]) -> None:
+        for total, (at, part) in zip(totals, parts, strict=True):
+            if total is not None and part is not None:
+                accumulate(total, at, part)
+
+    held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
+    backend.run(work, call.tiles(6), call.query, collect, result_bytes=held)
+    return tuple(totals)
+
+
+class _Softmax(NamedTuple):
+    """What `_softmax` finds for the rows of a tile."""
+
+    p: Array
+    """(..., rows, keys), 0 at hidden pairs."""
+    p_sink: Array | None
+    """(..., rows, 1)"""
+    logsumexp: Array
+    """(..., rows, 1)"""
+    slope: Array | None
+    """The derivative of the softcap at each pair."""
+    seen: Array | None
+    """Which pairs are visible; None: all."""
+
+
+def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
+    """Return softmax(s) for the rows of the tile."""
+    xp = backend.namespace(call.query)
+    slope, seen, p_sink = None, None, None
+    s = (call.scale * take(call.query, tile)) @ xp.matrix_transpose(take(call.key, (*tile[:-1], keys)))
+    if call.softcap is not None:
+        capped = xp.tanh(s / call.softcap)
+        s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
     if call.bias is not None:
-        s = s + _take(call.bias, pairs)
-    if not call.hides:
-        largest = xp.max(s, axis=-1, keepdims=True)
-        p = xp.exp(s - largest)
-        total = xp.sum(p, axis=-1, keepdims=True)
-        return p / total, (largest + xp.log(total))[..., 0], None
-    visible, s = xp.broadcast_arrays(_visible(call, pairs), s)
-    s = xp.where(visible, s, -math.inf)
-    sees = xp.any(visible, axis=-1, keepdims=True)
-    largest = xp.where(sees, xp.max(s, axis=-1, keepdims=True), 0.0)
+        s = s + call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0)
+    if call.hides:
+        seen, s = xp.broadcast_arrays(visible(call, tile, keys), s)
+        s = xp.where(seen, s, -math.inf)
+    largest = xp.max(s, axis=-1, keepdims=True)
+    if call.sink is not None:
+        sink = take(call.sink, tile)
+        largest = xp.maximum(largest, sink)
+    if seen is not None:  # where there is nothing at all, any number will do
+        something = xp.any(seen, axis=-1, keepdims=True)
+        something = something if call.sink is None else something | (sink > -math.inf)
+        largest = xp.where(something, largest, 0.0)
     p = xp.exp(s - largest)
     total = xp.sum(p, axis=-1, keepdims=True)
-    p = _masked.select(visible, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
-    return p, (largest + xp.log(total))[..., 0], visible
+    if call.sink is not None:
+        p_sink = xp.exp(sink - largest)
+        total = total + p_sink
+        p_sink = _masked.select(sink != -math.inf, p_sink / total)
+    p = _masked.select(seen, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
+    return _Softmax(p, p_sink, largest + xp.log(total), slope, seen)
 
 
-def _attend(call: _Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
-    """Return the output and the logsumexp for the rows of the tile."""
-    p, logsumexp, visible = _probabilities(call, tile, keys)
-    v = _take(call.value, (*tile[:-1], keys))
-    return _weighted_sum(call, p, visible, v), logsumexp
+def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
+    """Return the weights that dropout keeps, scaled up, and 0 times the others."""
+    if call.dropout_mask is None:
+        return weights
+    keep = take(call.dropout_mask, (*tile, keys))
+    return weights * (backend.namespace(weights).astype(keep, weights.dtype) / call.kept)
 
 
-def _attend_backward(call: _Call, dout: Array, tile: Tile, keys: slice) -> tuple[Array, Array, Array, Array]:
-    """Return what the rows of the tile add to the gradients of query, key, value and bias."""
+def _weigh(call: Call, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
+    """Write the weights and the logsumexp of the rows of the tile."""
+    found = _softmax(call, tile, keys)
+    weights[..., keys], logsumexp[...] = found.p, found.logsumexp[..., 0]
+
+
+def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
+    """Write the output and the logsumexp of the rows of the tile."""
+    found = _softmax(call, tile, keys)
+    v = take(call.value, (*tile[:-1], keys))
+    out[...] = weighted_sum(call, _dropped(call, tile, keys, found.p), found.seen, v)
+    logsumexp[...] = found.logsumexp[..., 0]
+
+
+def _attend_backward(
+    call: Call, dout: Array, dlogsumexp: Array | None, tile: Tile, keys: slice
+) -> tuple[Array, Array, Array | None, Array, Array | None]:
+    """Return what the rows of the tile add to the gradients of query, key, value, bias and sink."""
     xp = backend.namespace(dout)
     columns = (*tile[:-1], keys)
-    q, k, v, do = _take(call.query, tile), _take(call.key, columns), _take(call.value, columns), _take(dout, tile)
-    p, _, visible = _probabilities(call, tile, keys)
-    dv = _transposed_sum(call, p, visible, do)
-    dp = _masked.select(visible, do @ xp.matrix_transpose(v))
-    ds = _masked.select(visible, p * (dp - xp.sum(p * dp, axis=-1, keepdims=True)))
-    dq = call.scale * _weighted_sum(call, ds, visible, k)
-    dk = call.scale * _transposed_sum(call, ds, visible, q)
-    return dq, dk, dv, ds
-
-
-def _prepare(
-    function: str,
-    arrays: dict[str, Array],
-    bias: Array | None,
-    mask: Array | None,
-    is_causal: bool,
-    window: Window | None,
-    query_offset: int | Array,
-    query_lengths: Array | None,
-    key_lengths: Array | None,
-    scale: float | None,
-) -> _Call:
-    """Check the arguments and bring them into the form that the tiles use."""
-    query, key, value = arrays["query"], arrays["key"], arrays["value"]
-    shape = _checks.attention_arrays(function, arrays, bias)
-    _checks.attention_options(
-        function, query, (*shape[:-1], key.shape[-2]), bias=bias, mask=mask, is_causal=is_causal, window=window,
-        query_offset=query_offset, query_lengths=query_lengths, key_lengths=key_lengths, scale=scale,
-    )  # fmt: skip
-    kv_heads = key.shape[-3] if key.ndim > 2 else 1
-    heads = shape[-3] if len(shape) > 2 else 1
-    space = (*shape[:-3], kv_heads, heads // kv_heads, shape[-2])
-    left, right = (None if side is None else int(side) for side in window or (None, None))
-    if is_causal:
-        right = 0
-    offset = query_offset if backend.is_array(query_offset) else int(query_offset)
-    hides = may_hide(bias, mask, is_causal, window, query_lengths, key_lengths)
-    return _Call(
-        query=_heads(query, space),
-        key=_heads(key, space),
-        value=_heads(value, space),
-        bias=None if bias is None else _heads(bias, space),
-        mask=None if mask is None else _heads(mask, space),
-        first=None if left is None else _shifted(offset, -left, space, key),
-        last=None if right is None else _shifted(offset, right, space, key),
-        query_lengths=None if query_lengths is None else _per_batch(query_lengths, space),
-        key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        hides=hides,
-        finite=not hides or all(backend.all_finite(array) for array in arrays.values()),
-        shape=shape,
-        space=space,
-    )
-
-
-def may_hide(
-    bias: Array | None,
-    mask: Array | None,
-    is_causal: bool,
-    window: Window | None,
-    query_lengths: Array | None,
-    key_lengths: Array | None,
-    **_: Any,
-) -> bool:
-    """Return whether any option, of all that attention takes, may hide a pair."""
-    sides = (None, None) if window is None else window
-    return is_causal or any(option is not None for option in (bias, mask, *sides, query_lengths, key_lengths))
-
-
-def _heads(array: Array, space: tuple[int, ...]) -> Array:
-    """Return an array (..., Hq or Hkv or 1, ., .) as (..., Hkv, R, ., .), any of these 1, with all batch dimensions."""
-    shape = (*(1,) * (2 - array.ndim), *array.shape)
-    heads = shape[-3] if len(shape) > 2 else 1
-    split = (1, 1) if heads == 1 else (space[-3], heads // space[-3])
-    missing = (1,) * (len(space) - len(shape[:-3]) - 3)
-    return backend.namespace(array).reshape(array, (*missing, *shape[:-3], *split, *shape[-2:]))
-
-
-def _per_batch(array: Array, space: tuple[int, ...]) -> Array:
-    """Return integers for each batch entry as int64 (..., 1, 1, 1, 1)."""
-    xp = backend.namespace(array)
-    missing = (1,) * (len(space) - 3 - array.ndim)
-    if array.dtype == xp.uint64:
-        array = xp.clip(array, 0, 1 << 62)
-    return xp.astype(xp.reshape(array, (*missing, *array.shape, 1, 1, 1, 1)), xp.int64)
-
-
-def _shifted(offset: int | Array, by: int, space: tuple[int, ...], key: Array) -> int | Array:
-    """Return `offset + by`, bounded so that nothing overflows and no comparison with a key changes."""
-    if isinstance(offset, int):
-        return max(-space[-1], min(offset + by, int(key.shape[-2])))
-    far = 1 << 61
-    bounded = backend.namespace(offset).clip(_per_batch(offset, space), -far, far)
-    return bounded + max(-far, min(by, far))
-
-
-def _visible(call: _Call, pairs: Tile) -> Array:
-    """Return which pairs of the tile every option allows, in a shape that broadcasts to that of the scores."""
-    rows, keys = pairs[-2:]
-    i = backend.arange(rows.start, rows.stop, call.query)[:, None]
-    j = backend.arange(keys.start, keys.stop, call.query)[None, :]
-    allowed = []
-    if call.first is not None:
-        allowed.append(j >= i + _take(call.first, pairs))
-    if call.last is not None:
-        allowed.append(j <= i + _take(call.last, pairs))
-    if call.query_lengths is not None:
-        allowed.append(i < _take(call.query_lengths, pairs))
-    if call.key_lengths is not None:
-        allowed.append(j < _take(call.key_lengths, pairs))
-    if call.mask is not None:
-        allowed.append(_take(call.mask, pairs))
-    if call.bias is not None:
-        allowed.append(_take(call.bias, pairs) != -math.inf)
-    return functools.reduce(operator.and_, allowed)
-
-
-def reached(query: Array, key: Array, value: Array, **options: Any) -> tuple[Array, Array, Array, Array]:
-    """Return where attention is more than a structural 0: rows of the result, of query, of key and of value.
-
-    Of the result and of query, those that see a key; of key and value, those that a query sees. Each is a bool array
-    of the leading dimensions and the length of its array, (..., H, L, 1).
-    """
-    call = _prepare("reached", {"query": query, "key": key, "value": value}, **options)
-    xp = backend.namespace(query)
-    shapes = [call.space, *(tuple(array.shape[:-1]) for array in (call.query, call.key, call.value))]
-    counts = [backend.full((*shape, 1), 0, query, xp.int64) for shape in shapes]
-
-    def work(*tile: slice) -> tuple[slice, Array] | None:
-        keys = call.visible_keys(tile)
-        return None if keys is None else (keys, xp.astype(_visible(call, (*tile, keys)), xp.int64))
-
-    def collect(tile: Tile, found: tuple[slice, Array] | None) -> None:
-        if found is not None:
-            keys, visible = found
-            for count in counts[:2]:
-                _accumulate(count, tile, xp.sum(visible, axis=-1, keepdims=True))
-            for count in counts[2:]:
-                seen = xp.matrix_transpose(xp.sum(visible, axis=-2, keepdims=True))
-                _accumulate(count, (*tile[:-1], keys), seen)
-
-    backend.run(work, call.tiles(2), query, collect)
-    whole = [(*call.shape[:-1], 1), *((*array.shape[:-1], 1) for array in (query, key, value))]
-    rows, *others = (xp.reshape(count > 0, shape) for count, shape in zip(counts, whole, strict=True))
-    return rows, *others
-
-
-def _take(array: Array, at: Tile) -> Array:
-    """Return the part of an array at a tile; along dimensions of size 1, which broadcast, there is only one part."""
-    if isinstance(array, int):
-        return array
-    return array[(*(slice(None) if n == 1 else s for n, s in zip(array.shape, at, strict=False)), ...)]
-
-
-def _accumulate(target: Array, at: Tile, part: Array) -> None:
-    """Add to `target` at a tile: the adjoint of `_take`, which sums over what broadcasts."""
-    axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 < part.shape[d])
-    if axes:
-        part = backend.namespace(part).sum(part, axis=axes, keepdims=True)
-    target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part
-
-
-def _transposed_sum(call: _Call, weights: Array, visible: Array | None, x: Array) -> Array:
-    """Return `weights^T @ x` over visible pairs."""
-    transpose = backend.namespace(weights).matrix_transpose
-    return _weighted_sum(call, transpose(weights), None if visible is None else transpose(visible), x)
-
-
-def _weighted_sum(call: _Call, weights: Array, visible: Array | None, x: Array) -> Array:
-    """Return `weights @ x` over visible pairs; the weights are 0 at hidden ones.
-
-    Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
-    """
-    if visible is None:
-        return weights @ x
-    if call.finite:
-        return weights @ _masked.laid_out(x) + 0.0
-    return _masked.matmul(weights, x, a_real=visible) + 0.0
+    q, k = take(call.query, tile), take(call.key, columns)
+    p, p_sink, _, slope, seen = _softmax(call, tile, keys)
+    if call.value is None:  # the weights are the output
+        dv, dp = None, take(dout, (*tile, keys))
+    else:
+        v, do = take(call.value, columns), take(dout, tile)
+        dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
+        dp = _dropped(call, tile, keys, do @ xp.matrix_transpose(v))
+    dp = _masked.select(seen, dp)
+    mean = xp.sum(p * dp, axis=-1, keepdims=True)
+    if dlogsumexp is not None:
+        mean = mean - dlogsumexp[(*tile, ...)]
+    dbias = _masked.select(seen, p * (dp - mean))
+    dsink = None if p_sink is None else -p_sink * mean
+    ds = dbias if slope is None else _masked.select(seen, dbias * slope)
+    dq = call.scale * weighted_sum(call, ds, seen, k)
+    dk = call.scale * transposed_sum(call, ds, seen, q)
+    return dq, dk, dv, dbias, dsink

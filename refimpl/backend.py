@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -30,6 +30,8 @@ Array: TypeAlias = Any
 """An array of any backend: `numpy.ndarray`, `cupy.ndarray`, or one that offers `__array_namespace__`."""
 
 Tile: TypeAlias = tuple[slice, ...]
+
+T = TypeVar("T")
 
 
 class _Limits(NamedTuple):
@@ -212,6 +214,57 @@ def itemsize(array: Array) -> int:
     xp = _placement(array)[0]
     info = xp.finfo if xp.isdtype(array.dtype, "real floating") else xp.iinfo
     return int(info(array.dtype).bits) // 8
+
+
+def is_half(array: Array) -> bool:
+    """Return whether the array is float16 or bfloat16 (which is ml_dtypes' and has no name in the namespaces)."""
+    return str(array.dtype) in ("float16", "bfloat16")
+
+
+def is_floating(array: Array) -> bool:
+    """Return whether the array is of a dtype that ops compute with or round to."""
+    xp = _placement(array)[0]
+    return array.dtype in (xp.float32, xp.float64) or is_half(array)
+
+
+def is_integer(array: Array) -> bool:
+    """Return whether the array is of an integer dtype."""
+    xp = _placement(array)[0]
+    try:
+        return bool(xp.isdtype(array.dtype, ("signed integer", "unsigned integer")))
+    except TypeError:  # a dtype that is not the namespace's own, as bfloat16
+        return False
+
+
+def widened(*trees: Any) -> tuple[Any, ...]:
+    """Return arrays (mappings of them, None) with those of a half type as float32, in which an op computes."""
+
+    def widen(array: Array) -> Array:
+        xp, _, context = _placement(array)
+        with context:
+            return xp.astype(array, xp.float32) if is_half(array) else array
+
+    return tuple(_each_array(widen, tree) for tree in trees)
+
+
+def rounded(tree: T, like: Array) -> T:
+    """Return results, computed from `widened` arguments, in the dtype of `like`: the one rounding of a half type."""
+    if not is_half(like):
+        return tree
+    xp, _, context = _placement(like)
+    with context, np.errstate(all="ignore"):  # beyond the largest number of a half type lies inf
+        return cast(T, _each_array(lambda array: xp.astype(array, like.dtype), tree))
+
+
+def _each_array(change: Callable[[Array], Array], tree: Any) -> Any:
+    """Apply a function to every array in a named tuple or mapping; None stays."""
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {name: _each_array(change, part) for name, part in tree.items()}
+    if isinstance(tree, tuple):
+        return type(tree)(*(_each_array(change, part) for part in tree))
+    return change(tree)
 
 
 def bounds(array: Array) -> tuple[int, int]:

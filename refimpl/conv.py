@@ -48,7 +48,7 @@ def conv(
     Parameters
     ----------
     x : (N, C_in, *S) or (C_in, *S)
-        float32 or float64, with at least one spatial dimension.
+        float64, float32, float16 or bfloat16, with at least one spatial dimension.
     weight : (C_out, C_in / groups, *K)
         Its dtype and backend, like those of every array of the call, are those of `x`.
     bias : (C_out,), optional
@@ -60,7 +60,8 @@ def conv(
     groups : int
         Channels are cut into as many groups; those that come out see only those of their group.
     padding_mode : str
-        `"zeros"`.
+        What padding holds. `"zeros"`; `"reflect"`: the elements mirrored at the border one, so at most `size - 1` of
+        them; `"replicate"`: the border element; `"circular"`: what lies at the other end, at most `size` elements.
 
     Returns
     -------
@@ -81,13 +82,16 @@ def conv(
 
         out[n, j, o] = bias[j] + sum over i, k of weight[j, i, k] * x[n, i, o * stride + k * dilation - low]
 
-    where `x` is 0 outside its range. A NaN or inf in `weight` does not meet that 0: padding contributes nothing.
+    where `x` is 0 outside its range. A NaN or inf in `weight` does not meet that 0: padding contributes nothing. In the
+    other padding modes what lies outside is a copy of an element, as real as the element.
+
+    float16 and bfloat16 are computed in float32, from a copy, and rounded once.
 
     References
     ----------
     Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285, section 2 and 5.1.
-    `torch.nn.functional.conv2d` (PyTorch 2) agrees wherever it accepts the options; `"same"` with a stride is that of
-    ONNX's `SAME_UPPER` and of TensorFlow.
+    `torch.nn.functional.conv2d` and the padding modes of `torch.nn.Conv2d` (PyTorch 2) agree wherever they accept the
+    options; `"same"` with a stride is that of ONNX's `SAME_UPPER` and of TensorFlow.
 
     Examples
     --------
@@ -97,8 +101,10 @@ def conv(
     """
     arrays = {"x": x, "weight": weight}
     windows, groups = _checks.conv("conv", arrays, bias, stride, padding, dilation, groups, padding_mode)
-    out = _correlate(_batched(x, weight), weight, windows, groups, bias)
-    return _unbatched(out, like=x)
+    wide, weight, bias = backend.widened(_batched(x, weight), weight, bias)
+    wide, windows = _windows.fill_padding(wide, windows, padding_mode)
+    out = _correlate(wide, weight, windows, groups, bias)
+    return backend.rounded(_unbatched(out, like=x), like=x)
 
 
 def conv_backward(
@@ -141,6 +147,8 @@ def conv_backward(
         dweight  = dout @ columns^T   (summed over the batch)
         dbias    = dout summed over everything but the channel
 
+    Where padding holds copies, they add their gradients to the elements that they are copies of.
+
     Examples
     --------
     >>> import numpy as np
@@ -150,12 +158,15 @@ def conv_backward(
     """
     arrays = {"x": x, "weight": weight, "dout": dout}
     windows, groups = _checks.conv("conv_backward", arrays, bias, stride, padding, dilation, groups, padding_mode)
-    dout, batch = _batched(dout, weight), _batched(x, weight)
-    return ConvGrads(
-        dx=_unbatched(_correlate_dx(dout, weight, windows, groups), like=x),
-        dweight=_correlate_dweight(dout, batch, weight, windows, groups),
+    dout, wide, weight = backend.widened(_batched(dout, weight), _batched(x, weight), weight)
+    wide, over = _windows.fill_padding(wide, windows, padding_mode)
+    dx = _windows.fold_padding(_correlate_dx(dout, weight, over, groups), windows, padding_mode)
+    grads = ConvGrads(
+        dx=_unbatched(dx, like=x),
+        dweight=_correlate_dweight(dout, wide, weight, over, groups),
         dbias=None if bias is None else _sum_of_channels(dout),
     )
+    return backend.rounded(grads, like=x)
 
 
 def conv_transpose(
@@ -175,7 +186,7 @@ def conv_transpose(
     Parameters
     ----------
     x : (N, C_in, *S) or (C_in, *S)
-        float32 or float64, with at least one spatial dimension.
+        float64, float32, float16 or bfloat16, with at least one spatial dimension.
     weight : (C_in, C_out / groups, *K)
         The weight of the convolution whose adjoint this is.
     bias : (C_out,), optional
@@ -224,8 +235,9 @@ def conv_transpose(
         "conv_transpose", {"x": x, "weight": weight}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
-    out = _correlate_dx(_batched(x, weight), weight, windows, groups, bias)
-    return _unbatched(out, like=x)
+    wide, weight, bias = backend.widened(_batched(x, weight), weight, bias)
+    out = _correlate_dx(wide, weight, windows, groups, bias)
+    return backend.rounded(_unbatched(out, like=x), like=x)
 
 
 def conv_transpose_backward(
@@ -279,12 +291,13 @@ def conv_transpose_backward(
         "conv_transpose_backward", {"x": x, "weight": weight, "dout": dout}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
-    dout, batch = _batched(dout, weight), _batched(x, weight)
-    return ConvGrads(
+    dout, wide, weight = backend.widened(_batched(dout, weight), _batched(x, weight), weight)
+    grads = ConvGrads(
         dx=_unbatched(_correlate(dout, weight, windows, groups), like=x),
-        dweight=_correlate_dweight(batch, dout, weight, windows, groups),
+        dweight=_correlate_dweight(wide, dout, weight, windows, groups),
         dbias=None if bias is None else _sum_of_channels(dout),
     )
+    return backend.rounded(grads, like=x)
 
 
 def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:

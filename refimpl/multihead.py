@@ -3,20 +3,26 @@
 H heads; L length (Lq, Lk); E features that come in, D those that a projection puts out, for all heads together.
 """
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from . import _checks, _masked, backend
-from .attention import (
-    Window,
-    may_hide,
-    reached,
-    scaled_dot_product_attention,
-    scaled_dot_product_attention_backward,
+from . import _checks, backend
+from ._pairs import Call, as_given, prepare
+from ._projections import (
+    Hidden,
+    append,
+    append_backward,
+    apply,
+    apply_backward,
+    as_params,
+    find_hidden,
+    in_proj,
+    join,
+    out_proj,
+    split,
 )
-from .backend import Array, Tile
+from .attention import Window, attend, attend_backward, weigh
+from .backend import Array
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]
 
@@ -39,6 +45,10 @@ def multi_head_attention(
     params: Mapping[str, Array] | None = None,
     *,
     num_heads: int,
+    num_kv_heads: int | None = None,
+    need_weights: bool = False,
+    average_weights: bool = True,
+    add_zero_attn: bool = False,
     bias: Array | None = None,
     mask: Array | None = None,
     is_causal: bool = False,
@@ -46,33 +56,53 @@ def multi_head_attention(
     query_offset: int | Array = 0,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
-) -> Array:
+    softcap: float | None = None,
+    dropout_mask: Array | None = None,
+    dropout_p: float = 0.0,
+) -> Array | tuple[Array, Array]:
     """Project query, key and value, split them into heads, let every head attend, concatenate, and project again.
 
     Parameters
     ----------
     query : (..., Lq, Eq)
-        float32 or float64. Leading dimensions broadcast.
+        float64, float32, float16 or bfloat16. Leading dimensions broadcast.
     key : (..., Lk, Ek)
     value : (..., Lk, Ev)
     params : mapping of names to arrays, optional
         The projections, with the names and shapes of a `torch.nn.MultiheadAttention` state dict; None is no projection.
 
         - `in_proj_weight` (3 E, E), where query, key and value have E features each; or
-          `q_proj_weight` (D, Eq), `k_proj_weight` (D, Ek) and `v_proj_weight` (Dv, Ev)
-        - `in_proj_bias` (D + D + Dv,), optional
-        - `out_proj.weight` (E_out, Dv), and `out_proj.bias` (E_out,), optional
+          `q_proj_weight` (D, Eq), `k_proj_weight` (Dk, Ek) and `v_proj_weight` (Dv, Ev)
+        - `in_proj_bias` (D + Dk + Dv,), optional
+        - `bias_k` (1, 1, Dk) and `bias_v` (1, 1, Dv), optional: one more projected key and its value
+        - `out_proj.weight` (E_out, Dv * num_heads / num_kv_heads), and `out_proj.bias` (E_out,), optional
     num_heads : int
         Into how many equal parts the projected features are split: head h takes the h-th run of `D / num_heads`.
-    bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, scale
+    num_kv_heads : int, optional
+        Into how many those of key and value are split, a divisor of `num_heads`, and as many unless given. Query head h
+        uses key head `h // (num_heads / num_kv_heads)`, so Dk is `D * num_kv_heads / num_heads`.
+    need_weights : bool
+        Return the weights, too.
+    average_weights : bool
+        Return the mean of the weights over the heads, not those of each.
+    add_zero_attn : bool
+        Append a key and a value of zeros, after `bias_k` and `bias_v`.
+    bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, sink, scale, softcap
         As for `scaled_dot_product_attention`, where the scores are (..., num_heads, Lq, Lk) and E is the features of
-        one head.
+        one head. Keys that are appended are no part of these scores: they have no bias, and every query sees them that
+        is no padding.
+    dropout_mask, dropout_p
+        As for `scaled_dot_product_attention`, over all weights, appended keys included.
 
     Returns
     -------
-    (..., Lq, E_out)
-        A new array of the dtype, backend and device of `query`; without `params`, E_out is the features of value.
+    out : (..., Lq, E_out)
+        A new array of the dtype, backend and device of `query`; without `params`, E_out is the features of value times
+        `num_heads / num_kv_heads`.
+    weights : (..., Lq, Lk) or (..., num_heads, Lq, Lk)
+        With `need_weights`: the softmax of the scores, before dropout, and one or two keys longer if any are appended.
 
     Raises
     ------
@@ -101,17 +131,29 @@ def multi_head_attention(
     >>> multi_head_attention(x, x, x, num_heads=2, is_causal=True)[0]
     array([1., 0., 1., 3.])
     """
-    options: dict[str, Any] = {
+    options = {
         "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "scale": scale,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
     }  # fmt: skip
     arrays = {"query": query, "key": key, "value": value}
-    num_heads = _checks.multi_head("multi_head_attention", arrays, params, num_heads, options)
-    heads = _project_in(query, key, value, params, num_heads)
-    joined = _join(scaled_dot_product_attention(*heads, **options))
-    if params is None:
-        return joined
-    return _apply(joined, _out_proj(params), _hidden(arrays, params, heads, options))
+    found = _checks.multi_head(
+        "multi_head_attention", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
+    )  # fmt: skip
+    arrays, params = backend.widened(arrays, params)
+    heads, call = _into_heads(found, arrays, params, options, add_zero_attn)
+    out = join(attend(call)[0])
+    if params is not None:
+        hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
+        out = apply(out, out_proj(params), hidden)
+    out = backend.rounded(out, like=query)
+    if not need_weights:
+        return out
+    weights, _ = weigh(call)
+    if average_weights:
+        weights = backend.namespace(weights).mean(weights, axis=-3)
+    return out, backend.rounded(weights, like=query)
 
 
 def multi_head_attention_backward(
@@ -122,6 +164,10 @@ def multi_head_attention_backward(
     params: Mapping[str, Array] | None = None,
     *,
     num_heads: int,
+    num_kv_heads: int | None = None,
+    need_weights: bool = False,
+    average_weights: bool = True,
+    add_zero_attn: bool = False,
     bias: Array | None = None,
     mask: Array | None = None,
     is_causal: bool = False,
@@ -129,7 +175,11 @@ def multi_head_attention_backward(
     query_offset: int | Array = 0,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
+    sink: Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    dropout_mask: Array | None = None,
+    dropout_p: float = 0.0,
 ) -> MultiHeadGrads:
     """Return the gradients of `sum(dout * multi_head_attention(query, key, value, params, ...))`.
 
@@ -137,15 +187,17 @@ def multi_head_attention_backward(
     ----------
     dout : (..., Lq, E_out)
         Of the shape, dtype and backend of the output.
-    query, key, value, params, num_heads
+    query, key, value, params, num_heads, num_kv_heads, add_zero_attn
         As for `multi_head_attention`.
-    bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, scale
+    bias, mask, is_causal, window, query_offset, query_lengths, key_lengths, sink, scale, softcap
         As for `multi_head_attention`.
+    dropout_mask, dropout_p, need_weights, average_weights
+        As for `multi_head_attention`; the last two change nothing.
 
     Returns
     -------
     MultiHeadGrads
-        `dquery`, `dkey`, `dvalue`, `dparams` and `dbias`, new arrays of the shapes and the dtype of the arguments.
+        The gradient of each argument, in new arrays of the shapes and the dtype of the arguments.
         Where one array is query, key and value at once (self-attention), its gradient is the sum of the three.
 
     Raises
@@ -159,7 +211,8 @@ def multi_head_attention_backward(
 
         dx = dy @ W,   dW = dy^T @ x (summed over all rows),   db = dy summed over all rows
 
-    and splitting into heads is undone by concatenating them. The output of the heads is computed again.
+    and splitting into heads is undone by concatenating them. `bias_k` and `bias_v` take the gradients of the keys and
+    values appended to every batch entry. The output of the heads is computed again.
 
     Examples
     --------
@@ -169,191 +222,67 @@ def multi_head_attention_backward(
     array([[1., 1., 1., 1.],
            [1., 1., 1., 1.]])
     """
-    options: dict[str, Any] = {
+    options = {
         "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "scale": scale,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
+        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
     }  # fmt: skip
     arrays = {"query": query, "key": key, "value": value, "dout": dout}
-    num_heads = _checks.multi_head("multi_head_attention_backward", arrays, params, num_heads, options)
-    heads = _project_in(query, key, value, params, num_heads)
+    found = _checks.multi_head(
+        "multi_head_attention_backward", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
+    )  # fmt: skip
+    arrays, params = backend.widened(arrays, params)
+    heads, call = _into_heads(found, arrays, params, options, add_zero_attn)
+    dout, tokens = arrays["dout"], [arrays[name] for name in ("query", "key", "value")]
     if params is None:
-        grads = scaled_dot_product_attention_backward(_split(dout, num_heads), *heads, **options)
-        dquery, dkey, dvalue = (_join(grad) for grad in grads[:3])
-        return MultiHeadGrads(dquery, dkey, dvalue, None, grads.dbias, None)
-    joined = _join(scaled_dot_product_attention(*heads, **options))
-    hidden = _hidden(arrays, params, heads, options)
-    real = hidden or _Hidden()
-    djoined, dout_proj = _apply_backward(dout, joined, _out_proj(params), hidden, x_real=real.joined)
-    grads = scaled_dot_product_attention_backward(_split(djoined, num_heads), *heads, **options)
+        dheads, dbias, dsink = _heads_backward(call, dout, heads, bias, sink)
+        dquery, dkey, dvalue = (join(d[..., : x.shape[-2], :]) for d, x in zip(dheads, tokens, strict=True))
+        return backend.rounded(MultiHeadGrads(dquery, dkey, dvalue, None, dbias, dsink), like=query)
+    hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
+    real = hidden or Hidden()
+    djoined, dout_proj = apply_backward(dout, join(attend(call)[0]), out_proj(params), hidden, x_real=real.joined)
+    dheads, dbias, dsink = _heads_backward(call, djoined, heads, bias, sink)
+    dappended = {
+        name: append_backward(dhead, x.shape[-2], params[name])
+        for name, dhead, x in zip(("bias_k", "bias_v"), dheads[1:], tokens[1:], strict=True)
+        if name in params
+    }
+    dprojected = (join(dhead[..., : x.shape[-2], :]) for dhead, x in zip(dheads, tokens, strict=True))
     into = [
-        _apply_backward(_join(grad), x, projection, hidden, dy_real=dy_real)
-        for grad, x, projection, dy_real in zip(
-            grads[:3], (query, key, value), _in_proj(params), (real.query, real.key, real.value), strict=True
+        apply_backward(dy, x, projection, hidden, dy_real=dy_real)
+        for dy, x, projection, dy_real in zip(
+            dprojected, tokens, in_proj(params), (real.query, real.key, real.value), strict=True
         )
     ]
-    dparams = _as_params(params, [dprojection for _, dprojection in into], dout_proj)
+    dparams = as_params(params, [dprojection for _, dprojection in into], dout_proj, dappended)
     dquery, dkey, dvalue = (dx for dx, _ in into)
-    return MultiHeadGrads(dquery, dkey, dvalue, dparams, grads.dbias, None)
+    return backend.rounded(MultiHeadGrads(dquery, dkey, dvalue, dparams, dbias, dsink), like=query)
 
 
-class _Linear(NamedTuple):
-    """A projection `y = x @ weight^T + bias`, or the gradients of one."""
-
-    weight: Array
-    bias: Array | None
-
-
-def _in_proj(params: Mapping[str, Array]) -> list[_Linear]:
-    """Return the projections of query, key and value, in whichever way they are stored."""
-    if "in_proj_weight" in params:
-        packed = params["in_proj_weight"]
-        weights = [packed[i : i + packed.shape[1], :] for i in range(0, packed.shape[0], packed.shape[1])]
-    else:
-        weights = [params[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    bias = params.get("in_proj_bias")
-    if bias is None:
-        return [_Linear(weight, None) for weight in weights]
-    ends = itertools.accumulate(weight.shape[0] for weight in weights)
-    return [_Linear(weight, bias[end - weight.shape[0] : end]) for weight, end in zip(weights, ends, strict=True)]
+def _into_heads(
+    found: _checks.Heads,
+    arrays: Mapping[str, Array],
+    params: Mapping[str, Array] | None,
+    options: dict[str, Any],
+    add_zero_attn: bool,
+) -> tuple[list[Array], Call]:
+    """Return query, key and value as they enter the heads, (..., H, L, D / H), and the call of attention with them."""
+    tokens = [arrays[name] for name in ("query", "key", "value")]
+    bias_k, bias_v = None, None
+    if params is not None:
+        tokens = [apply(x, projection) for x, projection in zip(tokens, in_proj(params), strict=True)]
+        bias_k, bias_v = params.get("bias_k"), params.get("bias_v")
+    query, key, value = (split(x, n) for x, n in zip(tokens, (found.query, found.key, found.key), strict=True))
+    heads = {"query": query, "key": append(key, bias_k, add_zero_attn), "value": append(value, bias_v, add_zero_attn)}
+    scores = (*found.scores[:-1], found.scores[-1] + found.appended)
+    return list(heads.values()), prepare(heads, scores, appended=found.appended, **options)
 
 
-def _out_proj(params: Mapping[str, Array]) -> _Linear:
-    return _Linear(params["out_proj.weight"], params.get("out_proj.bias"))
-
-
-def _as_params(params: Mapping[str, Array], into: list[_Linear], out: _Linear) -> dict[str, Array]:
-    """Return the gradients of the projections under the keys of `params`: the inverse of `_in_proj`."""
-    xp = backend.namespace(out.weight)
-    found = {"out_proj.weight": out.weight, "out_proj.bias": out.bias}
-    if "in_proj_weight" in params:
-        found["in_proj_weight"] = xp.concat([linear.weight for linear in into])
-    else:
-        for name, linear in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), into, strict=True):
-            found[name] = linear.weight
-    if "in_proj_bias" in params:
-        found["in_proj_bias"] = xp.concat([linear.bias for linear in into])
-    return {name: found[name] for name in params}
-
-
-def _project_in(
-    query: Array, key: Array, value: Array, params: Mapping[str, Array] | None, num_heads: int
-) -> list[Array]:
-    """Return query, key and value as they enter the heads: (..., H, L, D / H)."""
-    if params is None:
-        return [_split(x, num_heads) for x in (query, key, value)]
-    return [_split(_apply(x, p), num_heads) for x, p in zip((query, key, value), _in_proj(params), strict=True)]
-
-
-def _split(x: Array, num_heads: int) -> Array:
-    """Split features into heads: (..., L, D) -> (..., H, L, D / H)."""
-    xp = backend.namespace(x)
-    return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], num_heads, x.shape[-1] // num_heads)), -2, -3)
-
-
-def _join(heads: Array) -> Array:
-    """Concatenate the heads: (..., H, L, D / H) -> (..., L, D)."""
-    xp = backend.namespace(heads)
-    moved = xp.moveaxis(heads, -3, -2)
-    joined = backend.full(tuple(moved.shape), 0, heads)  # a copy in any case: a reshape may be a view
-    joined[...] = moved
-    return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
-
-
-class _Hidden(NamedTuple):
-    """Where the joined heads, and the projected query, key and value, are more than a structural 0 (None: unknown)."""
-
-    joined: Array | None = None
-    query: Array | None = None
-    key: Array | None = None
-    value: Array | None = None
-
-
-def _hidden(
-    arrays: Mapping[str, Array], params: Mapping[str, Array], heads: list[Array], options: Mapping[str, Any]
-) -> _Hidden | None:
-    """Return which tokens are hidden, if that may matter to a projection: it does where 0 would meet NaN or inf.
-
-    None if no option hides any; nothing known if all is finite, so that 0 may be multiplied.
-    """
-    nobody = any(0 in head.shape[:-1] for head in heads)  # no query, no key, or no batch entry to meet
-    if not nobody and not may_hide(**options):
-        return None
-    if all(backend.all_finite(array) for array in (*arrays.values(), *params.values())):
-        return _Hidden()
-    xp = backend.namespace(heads[0])
-    features = [heads[2].shape[-1], *(head.shape[-1] for head in heads)]
-    seen = zip(reached(*heads, **options), features, strict=True)
-    return _Hidden(*(_join(xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen))
-
-
-def _apply(x: Array, linear: _Linear, hidden: _Hidden | None = None) -> Array:
-    """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D); `hidden` is given if `x` is the joined heads."""
-    xp = backend.namespace(x)
-    y = backend.full((*x.shape[:-1], linear.weight.shape[0]), 0, x)
-    shift = 0.0 if linear.bias is None else linear.bias
-    x_real = None if hidden is None else hidden.joined
-
-    def work(*rows: slice) -> None:
-        at = (*rows, ...)
-        product = _product(hidden, _rows(x, at), xp.matrix_transpose(linear.weight), a_real=_rows(x_real, at))
-        y[at] = xp.reshape(product + shift, y[at].shape)
-
-    backend.run(work, _tiles(x, linear), x)
-    return y
-
-
-def _apply_backward(
-    dy: Array,
-    x: Array,
-    linear: _Linear,
-    hidden: _Hidden | None,
-    x_real: Array | None = None,
-    dy_real: Array | None = None,
-) -> tuple[Array, _Linear]:
-    """Return the gradients of `sum(dy * _apply(x, linear))`: that of x, and those of the projection.
-
-    With `y = x @ weight^T + bias` of rows x: dx = dy @ weight, dweight = dy^T @ x, dbias = dy summed over rows.
-    """
-    xp = backend.namespace(x)
-    dx = backend.full(tuple(x.shape), 0, x)
-    dweight = backend.full(tuple(linear.weight.shape), 0, x)
-    dbias = None if linear.bias is None else backend.full(tuple(linear.bias.shape), 0, x)
-
-    def work(*rows: slice) -> tuple[Array, Array]:
-        at = (*rows, ...)
-        part, real = _rows(dy, at), _rows(dy_real, at)  # (rows, D)
-        real_t = None if real is None else xp.matrix_transpose(real)
-        dx[at] = xp.reshape(_product(hidden, part, linear.weight, real), dx[at].shape)
-        dw = _product(hidden, xp.matrix_transpose(part), _rows(x, at), real_t, _rows(x_real, at))
-        return dw, xp.sum(part, axis=0)
-
-    def collect(_: Tile, parts: tuple[Array, Array]) -> None:
-        dweight[...] += parts[0]
-        if dbias is not None:
-            dbias[...] += parts[1]
-
-    backend.run(work, _tiles(x, linear), x, collect)
-    return dx, _Linear(dweight, dbias)
-
-
-def _product(
-    hidden: _Hidden | None, a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None
-) -> Array:
-    """Return `a @ b`, where something is hidden over real pairs and with the same bits whatever hidden entries hold."""
-    if hidden is None:
-        return a @ b
-    if a_real is None and b_real is None and hidden.joined is None:
-        return _masked.laid_out(a) @ _masked.laid_out(b)
-    return _masked.matmul(a, b, a_real, b_real)
-
-
-def _rows(x: Array | None, at: tuple[Any, ...]) -> Array | None:
-    """Return a part of (..., L, E) as one matrix of rows."""
-    if x is None:
-        return None
-    return backend.namespace(x).reshape(x[at], (math.prod(x[at].shape[:-1]), x.shape[-1]))
-
-
-def _tiles(x: Array, linear: _Linear) -> Iterator[Tile]:
-    """Cut the rows of `x` into tiles; one costs the features that go in, and those that come out."""
-    return backend.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * backend.itemsize(x))
+def _heads_backward(
+    call: Call, djoined: Array, heads: list[Array], bias: Array | None, sink: Array | None
+) -> tuple[list[Array], Array | None, Array | None]:
+    """Return the gradients of query, key and value as they entered the heads, of the bias and of the sink."""
+    grads = attend_backward(call, split(djoined, call.scores[-3]), None)
+    *dheads, dbias, dsink = (as_given(g, a) for g, a in zip(grads, (*heads, bias, sink), strict=True))
+    return dheads, dbias, dsink

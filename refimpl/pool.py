@@ -1,19 +1,15 @@
-"""Max and average pooling, over any number of trailing dimensions.
-
-Every pooling is a running reduction over the taps of the window: for each tap one strided slice of `x`, combined with
-what the other taps left. Taps in padding have no slice, so padding never takes part.
+"""Max, average and p-norm pooling, over any number of trailing dimensions.
 
 `...` any leading dimensions; `*S` the spatial sizes; `*O` how many windows there are along each.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from . import _checks, _windows, backend
+from . import _checks, _pooling, backend
 from ._geometry import Windows, taps
 from .backend import Array, Tile
 
-__all__ = ["avg_pool", "avg_pool_backward", "max_pool", "max_pool_backward"]
+__all__ = ["avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward", "max_pool", "max_pool_backward"]
 
 Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
@@ -34,7 +30,7 @@ def max_pool(
     Parameters
     ----------
     x : (..., *S)
-        float32, float64, or any integer dtype.
+        float64, float32, float16, bfloat16, or any integer dtype.
     kernel_size : int or tuple of ints, at least 1
         Elements of a window along each dimension. A tuple says how many of the last dimensions are spatial; an int
         means all but the first two.
@@ -80,21 +76,11 @@ def max_pool(
     >>> max_pool(np.array([[[1.0, 3.0, 2.0, 5.0]]]), 2, return_indices=True)
     (array([[[3., 5.]]]), array([[[1, 3]]]))
     """
-    windows = _checks.pool(
-        "max_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode, integers=True
-    )  # fmt: skip
+    windows = _checks.pool("max_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode, integers=True)
     _checks.flag("max_pool", "return_indices", return_indices)
-    xp = backend.namespace(x)
-    shape = _pooled_shape(x, windows)
-    out = backend.full(shape, 0, x)
-    indices = backend.full(shape if return_indices else (0,), 0, x, xp.int64)
-
-    def work(*tile: slice) -> None:
-        out[tile] = best = _maximum(x, windows, tile)
-        if return_indices:
-            indices[tile] = _first(x, best, windows, tile)
-
-    backend.run(work, _tiles(x, windows), x)
+    (wide,) = backend.widened(x)
+    out, indices = _pooling.largest(wide, windows, return_indices)
+    out = backend.rounded(out, like=x)
     return (out, indices) if return_indices else out
 
 
@@ -147,20 +133,8 @@ def max_pool_backward(
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "return_indices", return_indices)
     _checks.pool_indices(name, indices, dout)
-    xp = backend.namespace(x)
-    dx = backend.full(tuple(x.shape), 0, x)
-
-    def work(*tile: slice) -> Array:
-        return indices[tile] if indices is not None else _first(x, _maximum(x, windows, tile), windows, tile)
-
-    def collect(tile: Tile, found: Array) -> None:
-        lead, outputs = _split(tile, windows)
-        for element, reads, writes in _elements(x, windows, outputs):
-            place = (..., *writes)
-            dx[(*lead, *reads)] += xp.where(found[place] == element, dout[tile][place], 0.0)
-
-    backend.run(work, _tiles(x, windows), x, collect)
-    return dx
+    dout, wide = backend.widened(dout, x)
+    return backend.rounded(_pooling.largest_backward(dout, wide, windows, indices), like=x)
 
 
 def avg_pool(
@@ -179,7 +153,7 @@ def avg_pool(
     Parameters
     ----------
     x : (..., *S)
-        float32 or float64.
+        float64, float32, float16 or bfloat16; the last two are summed in float32 and rounded once.
     kernel_size, stride, padding, dilation, ceil_mode
         As for `max_pool`.
     count_include_pad : bool
@@ -220,18 +194,9 @@ def avg_pool(
     windows = _checks.pool(name, {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "count_include_pad", count_include_pad)
     _checks.divisor(name, divisor_override)
-    out = backend.full(_pooled_shape(x, windows), 0, x)
-    divide = _divider(x, windows, count_include_pad, divisor_override)
-
-    def work(*tile: slice) -> None:
-        lead, outputs = _split(tile, windows)
-        total = backend.full(_sizes(tile), 0, x)
-        for _, reads, writes in taps(windows, outputs):
-            total[(..., *writes)] += x[(*lead, *reads)]
-        out[tile] = divide(total, outputs)
-
-    backend.run(work, _tiles(x, windows), x)
-    return out
+    (wide,) = backend.widened(x)
+    divide = _pooling.divider(wide, windows, count_include_pad, divisor_override)
+    return backend.rounded(_pooling.mean(wide, windows, divide), like=x)
 
 
 def avg_pool_backward(
@@ -280,87 +245,153 @@ def avg_pool_backward(
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "count_include_pad", count_include_pad)
     _checks.divisor(name, divisor_override)
-    dx = backend.full(tuple(x.shape), 0, x)
-    divide = _divider(x, windows, count_include_pad, divisor_override)
+    dout, wide = backend.widened(dout, x)
+    divide = _pooling.divider(wide, windows, count_include_pad, divisor_override)
+    return backend.rounded(_pooling.mean_backward(dout, wide, windows, divide), like=x)
 
-    def work(*tile: slice) -> Array:
-        return divide(dout[tile], _split(tile, windows)[1])
 
-    def collect(tile: Tile, share: Array) -> None:
-        lead, outputs = _split(tile, windows)
+def lp_pool(
+    x: Array,
+    norm_type: float,
+    kernel_size: Ints,
+    *,
+    stride: Ints | None = None,
+    padding: Pads = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Array:
+    """Take the p-norm over each window.
+
+    Parameters
+    ----------
+    x : (..., *S)
+        float64, float32, float16 or bfloat16; the last two are computed in float32 and rounded once.
+    norm_type : float, above 0
+        The exponent p.
+    kernel_size, stride, padding, dilation, ceil_mode
+        As for `max_pool`. Padding takes no part.
+
+    Returns
+    -------
+    (..., *O)
+        A new array of the dtype, backend and device of `x`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind, dtype or backend.
+    ValueError
+        If a size or value does not fit, and if a window would hold no element.
+
+    Notes
+    -----
+    In one dimension, `out[..., o] = (sum over k of |x[..., o * stride + k * dilation - low]|**p) ** (1 / p)`, computed
+    in units of the window's largest element, so that no power overflows or vanishes where the norm does not.
+
+    References
+    ----------
+    Gulcehre et al., Learned-norm pooling for deep feedforward and recurrent neural networks, arXiv:1311.1780. ONNX's
+    `LpPool` agrees. `torch.nn.functional.lp_pool2d` (PyTorch 2) raises `x`, not `|x|`, to the power, which differs for
+    exponents that are not even.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lp_pool(np.array([[[3.0, -4.0, 0.0, 2.0]]]), 2, 2)
+    array([[[5., 2.]]])
+    """
+    p = _checks.norm_type("lp_pool", norm_type)
+    windows = _checks.pool("lp_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
+    (wide,) = backend.widened(x)
+    out = backend.full(_pooling.pooled_shape(wide, windows), 0, wide)
+
+    def work(*tile: slice) -> None:
+        unit, total = _powers(wide, p, windows, tile)
+        out[tile] = unit * total ** (1 / p)
+
+    backend.run(work, _pooling.tiles_of(wide, windows), wide)
+    return backend.rounded(out, like=x)
+
+
+def lp_pool_backward(
+    dout: Array,
+    x: Array,
+    norm_type: float,
+    kernel_size: Ints,
+    *,
+    stride: Ints | None = None,
+    padding: Pads = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Array:
+    """Return the gradient of `sum(dout * lp_pool(x, ...))`.
+
+    Parameters
+    ----------
+    dout : (..., *O)
+        Of the shape, dtype and backend of what `lp_pool` returns.
+    x, norm_type, kernel_size, stride, padding, dilation, ceil_mode
+        As for `lp_pool`.
+
+    Returns
+    -------
+    dx : (..., *S)
+        A new array of the dtype, backend and device of `x`; 0 where `x` is 0, whatever p, and so in windows of norm 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `lp_pool`, and if `dout` does not have the shape or dtype of the result.
+
+    Notes
+    -----
+    The derivative of `out**p = sum of |x|**p` by an element says `p out**(p-1) dout/dx = p |x|**(p-1) sign(x)`, so for
+    every window that it lies in
+
+        dx += sign(x) * (|x| / out) ** (p - 1) * dout
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lp_pool_backward(np.array([[[10.0]]]), np.array([[[3.0, -4.0]]]), 2, 2)
+    array([[[ 6., -8.]]])
+    """
+    name = "lp_pool_backward"
+    p = _checks.norm_type(name, norm_type)
+    windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
+    xp = backend.namespace(x)
+    dout, wide = backend.widened(dout, x)
+    dx = backend.full(tuple(wide.shape), 0, wide)
+
+    def work(*tile: slice) -> tuple[Array, Array]:
+        unit, total = _powers(wide, p, windows, tile)
+        return unit, total ** (1 / p)
+
+    def collect(tile: Tile, found: tuple[Array, Array]) -> None:
+        lead, outputs = _pooling.split(tile, windows)
         for _, reads, writes in taps(windows, outputs):
-            dx[(*lead, *reads)] += share[(..., *writes)]
+            part, place = wide[(*lead, *reads)], (..., *writes)
+            unit, norm = (array[place] for array in found)  # the norm in the unit
+            share = xp.sign(part) * (xp.abs(part) / unit / norm) ** (p - 1) * dout[tile][place]
+            dx[(*lead, *reads)] += xp.where(part != 0, share, 0.0)
 
-    backend.run(work, _tiles(x, windows), x, collect)
-    return dx
+    backend.run(work, _pooling.tiles_of(wide, windows), wide, collect)
+    return backend.rounded(dx, like=x)
 
 
-def _maximum(x: Array, windows: Windows, tile: Tile) -> Array:
-    """Return the maximum of each window of the tile, NaN if there is one in it."""
+def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Array]:
+    """Return the largest |x| of each window of the tile, and the sum of `(|x| / largest) ** p`.
+
+    In place of a largest of 0, inf or NaN stands 1, which changes no norm.
+    """
     xp = backend.namespace(x)
-    lead, outputs = _split(tile, windows)
-    floating = xp.isdtype(x.dtype, "real floating")
-    # A value that every element is at least as large as; every window holds an element, so it never shows.
-    best = backend.full(_sizes(tile), -math.inf if floating else xp.iinfo(x.dtype).min, x)
+    lead, outputs = _pooling.split(tile, windows)
+    unit, total = (backend.full(_pooling.sizes_of(tile), 0, x) for _ in range(2))
     for _, reads, writes in taps(windows, outputs):
         place = (..., *writes)
-        best[place] = xp.maximum(best[place], x[(*lead, *reads)])
-    return best
-
-
-def _first(x: Array, best: Array, windows: Windows, tile: Tile) -> Array:
-    """Return where the first element of each window lies that is its maximum, or NaN."""
-    xp = backend.namespace(x)
-    lead, outputs = _split(tile, windows)
-    indices = backend.full(_sizes(tile), 0, x, xp.int64)
-    for element, reads, writes in reversed(list(_elements(x, windows, outputs))):  # the first tap has the last word
-        place = (..., *writes)
-        value = x[(*lead, *reads)]
-        wins = (value == best[place]) | (value != value)
-        indices[place] = xp.where(wins, element, indices[place])
-    return indices
-
-
-def _elements(x: Array, windows: Windows, outputs: Tile) -> Iterator[tuple[Array, Tile, Tile]]:
-    """Yield `(element, reads, writes)` for each tap: `element` holds the flat index of what it reads in the plane."""
+        unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))
+    unit = xp.where((unit > 0) & xp.isfinite(unit), unit, 1.0)
     for _, reads, writes in taps(windows, outputs):
-        element = backend.full((), 0, x, backend.namespace(x).int64)
-        for window, read in zip(windows, reads, strict=True):
-            along = backend.arange(0, len(range(read.start, read.stop, read.step)), x) * read.step + read.start
-            element = element[..., None] * window.size + along
-        yield element, reads, writes
-
-
-def _divider(
-    x: Array, windows: Windows, count_include_pad: bool, divisor_override: int | None
-) -> Callable[[Array, Tile], Array]:
-    """Return the function that divides sums over the windows of a tile by their divisors."""
-    if divisor_override is not None:
-        return lambda total, _: total / float(divisor_override)
-    counted = tuple(window.padded for window in windows) if count_include_pad else windows
-    counts = _windows.counts(counted, x)
-
-    def divide(total: Array, outputs: Tile) -> Array:
-        for d, (count, o) in enumerate(zip(counts, outputs, strict=True)):
-            total = total / backend.namespace(x).reshape(count[o], (-1, *(1 for _ in windows[d + 1 :])))
-        return total
-
-    return divide
-
-
-def _split(tile: Tile, windows: Windows) -> tuple[Tile, Tile]:
-    """Split a tile into the slices of the leading dimensions, and those of the windows."""
-    return tile[: len(tile) - len(windows)], tile[len(tile) - len(windows) :]
-
-
-def _sizes(tile: Tile) -> tuple[int, ...]:
-    return tuple(s.stop - s.start for s in tile)
-
-
-def _pooled_shape(x: Array, windows: Windows) -> tuple[int, ...]:
-    return (*x.shape[: x.ndim - len(windows)], *(window.out for window in windows))
-
-
-def _tiles(x: Array, windows: Windows) -> Iterator[Tile]:
-    """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index."""
-    return backend.tiles(_pooled_shape(x, windows), 3 * backend.itemsize(x) + 16)
+        place = (..., *writes)
+        total[place] += (xp.abs(x[(*lead, *reads)]) / unit[place]) ** p
+    return unit, total

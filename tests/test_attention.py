@@ -2,7 +2,6 @@
 
 import itertools
 
-import cases
 import numpy as np
 import oracles
 import pytest
@@ -11,47 +10,95 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
+from refimpl import attention_weights, attention_weights_backward
 from refimpl import scaled_dot_product_attention as attention
 from refimpl import scaled_dot_product_attention_backward as attention_backward
-from refimpl.testing import check_gradients
+from refimpl.testing import check_gradients, strategies
 
 
-@given(case=cases.attention())
-def test_agrees_with_loops(case):
-    out, logsumexp = attention(*case.arrays, **case.options, return_logsumexp=True)
-    expected_out, expected_logsumexp = oracles.attention(*case.arrays, **case.options)
-    np.testing.assert_allclose(out, expected_out, rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose(logsumexp, expected_logsumexp, rtol=1e-12, atol=1e-13)
+def numbers(*arrays):
+    return [None if array is None else refimpl.backend.to_numpy(array) for array in arrays]
 
 
-@given(case=cases.attention(), value=st.sampled_from([np.nan, np.inf, -np.inf]))
-def test_hidden_pairs_never_matter(backend, case, value):
-    """Poison in keys and values that no query sees, in queries that see nothing, and in biases that are hidden."""
-    query, key, value_array = (array.copy() for array in case.arrays)
-    batch = query.shape[:-3]
-    scores = (*query.shape[:-1], key.shape[-2])
-    visible = oracles.visible_pairs(scores, case.options)
-    options = dict(case.options)
-    poisoned = [query.copy(), key.copy(), value_array.copy()]
-    poisoned[0][~visible.any(axis=-1)] = value
-    kv_heads = key.shape[-3] if key.ndim > 2 else 1
-    shared = visible.reshape(*batch, kv_heads, scores[-3] // kv_heads, *scores[-2:]) if query.ndim > 2 else visible
-    unseen = ~shared.any(axis=(-3, -2) if query.ndim > 2 else -2)
-    for array in poisoned[1:]:
-        if array.shape[:-1] == unseen.shape:
-            array[unseen] = value
-    bias = options.get("bias")
-    if bias is not None and bias.shape == scores:
-        options["bias"] = np.where(visible, bias, np.where(np.isinf(bias), bias, value))
-    dout = normal(*query.shape[:-1], value_array.shape[-1])
-    dout_poisoned = np.where(visible.any(axis=-1)[..., None], dout, value)
-    clean = attention_backward(*backend.arrays((dout, query, key, value_array)), **backend.arrays(case.options))
-    dirty = attention_backward(*backend.arrays((dout_poisoned, *poisoned)), **backend.arrays(options))
-    clean = [attention(*backend.arrays((query, key, value_array)), **backend.arrays(case.options)), *clean]
-    dirty = [attention(*backend.arrays(tuple(poisoned)), **backend.arrays(options)), *dirty]
-    for a, b in zip(clean, dirty, strict=True):
+def assert_close(actual, expected):
+    """Compare arrays one by one; None is equal to None."""
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
         if a is not None:
-            assert refimpl.backend.to_numpy(a).tobytes() == refimpl.backend.to_numpy(b).tobytes()
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def assert_same_bits(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or a.tobytes() == b.tobytes()
+
+
+@given(case=strategies.scaled_dot_product_attention(), alone=st.booleans())
+def test_agrees_with_loops(case, alone):
+    """Forward and backward; `dlogsumexp` stands on its own, too."""
+    arrays, options, *_ = case
+    out, logsumexp = attention(*arrays, **options, return_logsumexp=True)
+    dout, dlogsumexp = np.zeros(out.shape) if alone else normal(*out.shape), normal(*logsumexp.shape, seed=1)
+    grads = attention_backward(dout, *arrays, **options, dlogsumexp=dlogsumexp)
+    expected = oracles.attention(*arrays, dout=dout, dlogsumexp=dlogsumexp, **options)
+    assert_close((out, logsumexp, *grads), (*expected[:2], *expected[3:]))
+
+
+@given(case=strategies.attention_weights(), with_logsumexp=st.booleans())
+def test_weights_agree_with_loops(backend, case, with_logsumexp):
+    arrays, options = backend.arrays(case[:2])
+    weights, logsumexp = attention_weights(*arrays, **options, return_logsumexp=True)
+    assert backend.owns(weights)
+    dweights, dlogsumexp = normal(*weights.shape), normal(*logsumexp.shape, seed=1) if with_logsumexp else None
+    given_d = backend.arrays((dweights, dlogsumexp))
+    grads = attention_weights_backward(given_d[0], *arrays, **options, dlogsumexp=given_d[1])
+    expected = oracles.attention(*case.arrays, dweights=dweights, dlogsumexp=dlogsumexp, **case.options)
+    assert_close(numbers(weights, logsumexp), (expected.weights, expected.logsumexp))
+    assert grads._fields == ("dquery", "dkey", "dbias", "dsink")
+    assert_close(numbers(*grads), (expected.dquery, expected.dkey, expected.dbias, expected.dsink))
+
+
+def poison(arrays, options, value):
+    """Put a value wherever it cannot matter; returns arrays, options, and which pairs are visible.
+
+    In keys and values that no query sees, in queries that see nothing, and in biases that are hidden.
+    """
+    visible = oracles.visible_pairs(oracles.scores_of(*arrays), options)
+    taking_part = oracles.touched(visible, *arrays)
+    poisoned = [np.where(rows[..., None], array, value) for array, rows in zip(arrays, taking_part, strict=True)]
+    bias = options.get("bias")
+    if bias is not None:
+        hidden = ~oracles.any_to(visible, bias.shape) & (bias != -np.inf)  # -inf is what hides
+        options = options | {"bias": np.where(hidden, value, bias)}
+    return tuple(poisoned), options, visible
+
+
+@given(case=strategies.scaled_dot_product_attention(), value=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_hidden_pairs_never_matter(backend, case, value):
+    *dirty, visible = poison(*case[:2], value)
+    sees = visible.any(axis=-1)
+    dout, dlogsumexp = normal(*sees.shape, case.arrays[2].shape[-1]), normal(*sees.shape, seed=1)
+    results = []
+    for (arrays, options), hidden in ((case[:2], 0.0), (dirty, value)):
+        do = np.where(sees[..., None], dout, hidden)
+        dl = dlogsumexp if "sink" in options else np.where(sees, dlogsumexp, hidden)  # every query sees the sink
+        do, dl, arrays, options = backend.arrays((do, dl, arrays, options))
+        grads = attention_backward(do, *arrays, **options, dlogsumexp=dl)
+        results.append(numbers(*attention(*arrays, **options, return_logsumexp=True), *grads))
+    assert_same_bits(*results)
+
+
+@given(case=strategies.attention_weights(), value=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_hidden_pairs_never_matter_to_weights(backend, case, value):
+    *dirty, visible = poison(*case[:2], value)
+    dweights = normal(*visible.shape)
+    results = []
+    for (arrays, options), hidden in ((case[:2], 0.0), (dirty, value)):
+        dw, arrays, options = backend.arrays((np.where(visible, dweights, hidden), arrays, options))
+        weights = attention_weights(*arrays, **options, return_logsumexp=True)
+        results.append(numbers(*weights, *attention_weights_backward(dw, *arrays, **options)))
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -220,3 +267,226 @@ def test_the_gradient_where_tiles_cut_rows_and_heads():
     for tile_bytes in (1, 400, 2000):
         with refimpl.backend.limits(tile_bytes=tile_bytes):
             check_gradients(attention, attention_backward, *arrays, bias=normal(4, 1, 7), is_causal=True)
+
+
+def out_and_logsumexp(query, key, value, **options):
+    """Both results of attention as one, to differentiate them together; the logsumexp of no key as 0."""
+    out, logsumexp = attention(query, key, value, **options, return_logsumexp=True)
+    return np.concatenate([out, np.where(np.isinf(logsumexp), 0.0, logsumexp)[..., None]], axis=-1)
+
+
+def out_and_logsumexp_backward(dout, *arrays, **options):
+    return attention_backward(dout[..., :-1], *arrays, **options, dlogsumexp=dout[..., -1])
+
+
+EVERYTHING = {
+    "bias": normal(4, 1, 6),
+    "mask": np.random.default_rng(0).random((2, 1, 5, 6)) < 0.7,
+    "is_causal": True,
+    "window": (4, None),
+    "query_offset": np.array([[2], [0], [3]]),
+    "query_lengths": np.array([5, 3]),
+    "key_lengths": np.array([[6], [5], [4]]),
+    "sink": normal(4),
+    "scale": 0.7,
+    "softcap": 1.5,
+}
+DROPOUT = {"dropout_mask": np.random.default_rng(1).random((4, 5, 6)) < 0.6, "dropout_p": 0.4}
+# Grouped heads, and batch dimensions (3, 2) of which each array lacks one.
+SHARED = (normal(3, 1, 4, 5, 3), normal(2, 2, 6, 3, seed=1), normal(1, 2, 2, 6, 2, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "tile_bytes"), [(None, 4000), (None, 1 << 22), ("sink", 1 << 22), ("softcap", 1 << 22)]
+)
+def test_the_gradient_of_everything_together(left_out, tile_bytes):
+    options = {name: option for name, option in (EVERYTHING | DROPOUT).items() if name != left_out}
+    with refimpl.backend.limits(tile_bytes=tile_bytes):
+        check_gradients(out_and_logsumexp, out_and_logsumexp_backward, *SHARED, **options)
+
+
+def test_everything_together_agrees_with_loops(backend):
+    arrays, options = backend.arrays((SHARED, EVERYTHING | DROPOUT))
+    out, logsumexp = attention(*arrays, **options, return_logsumexp=True)
+    dout, dlogsumexp = normal(*out.shape), normal(*logsumexp.shape, seed=1)
+    grads = attention_backward(backend.array(dout), *arrays, **options, dlogsumexp=backend.array(dlogsumexp))
+    assert all(backend.owns(array) for array in (out, logsumexp, *grads))
+    expected = oracles.attention(*SHARED, dout=dout, dlogsumexp=dlogsumexp, **EVERYTHING, **DROPOUT)
+    assert_close(numbers(out, logsumexp, *grads), (*expected[:2], *expected[3:]))
+
+
+def test_the_gradient_of_the_weights_with_everything_together():
+    check_gradients(attention_weights, attention_weights_backward, *SHARED[:2], **EVERYTHING)
+
+
+def test_the_gradient_of_the_logsumexp_by_the_bias_is_the_weights():
+    query, key, values, bias = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 2), normal(2, 3, 5)
+    options = {"bias": bias, "is_causal": True, "query_offset": 1, "sink": normal(2)}
+    weights, dlogsumexp = attention_weights(query, key, **options), normal(2, 3, seed=1)
+    grads = attention_backward(np.zeros((2, 3, 2)), query, key, values, **options, dlogsumexp=dlogsumexp)
+    np.testing.assert_allclose(grads.dbias, dlogsumexp[..., None] * weights, rtol=1e-13)
+    np.testing.assert_allclose(grads.dsink, np.sum(dlogsumexp * (1 - weights.sum(axis=-1)), axis=-1), rtol=1e-12)
+    assert (grads.dvalue == 0).all()
+
+
+def test_attention_is_its_weights_times_the_values():
+    query, key, values = normal(4, 3, 4), normal(2, 5, 4), normal(2, 5, 2)
+    options = {"mask": np.random.default_rng(0).random((3, 5)) < 0.6, "sink": normal(4), "softcap": 0.5}
+    weights, logsumexp = attention_weights(query, key, **options, return_logsumexp=True)
+    out, expected = attention(query, key, values, **options, return_logsumexp=True)
+    np.testing.assert_array_equal(logsumexp, expected)
+    np.testing.assert_allclose(weights @ values.repeat(2, axis=0), out, rtol=1e-13, atol=1e-15)
+    keep = np.random.default_rng(1).random((4, 3, 5)) < 0.6
+    dropped = weights * keep / 0.75
+    out, logsumexp = attention(query, key, values, **options, dropout_mask=keep, dropout_p=0.25, return_logsumexp=True)
+    np.testing.assert_array_equal(logsumexp, expected)
+    np.testing.assert_allclose(dropped @ values.repeat(2, axis=0), out, rtol=1e-13, atol=1e-15)
+
+
+def test_a_sink_is_a_key_without_a_value():
+    """A key of zeros with a value of zeros, whose bias is the sink, does the same."""
+    query, key, values, sink = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 2), normal(2)
+    dout, dlogsumexp = normal(2, 3, 2, seed=1), normal(2, 3, seed=2)
+    longer = [np.concatenate([array, np.zeros((2, 1, array.shape[-1]))], axis=1) for array in (key, values)]
+    bias = np.concatenate([np.zeros((2, 3, 5)), np.broadcast_to(sink[:, None, None], (2, 3, 1))], axis=-1)
+    expected = attention(query, *longer, bias=bias, return_logsumexp=True)
+    assert_close(attention(query, key, values, sink=sink, return_logsumexp=True), expected)
+    grads = attention_backward(dout, query, key, values, sink=sink, dlogsumexp=dlogsumexp)
+    expected = attention_backward(dout, query, *longer, bias=bias, dlogsumexp=dlogsumexp)
+    assert_close(grads[:3], (expected.dquery, expected.dkey[:, :5], expected.dvalue[:, :5]))
+    np.testing.assert_allclose(grads.dsink, expected.dbias[..., 5].sum(axis=-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("keys", [0, 5], ids=["no key", "hidden keys"])
+def test_a_query_that_sees_the_sink_alone(backend, keys):
+    """Its output is 0 and its logsumexp the sink, which takes all of `dlogsumexp` and nothing of `dout`."""
+    query, key, values, sink = normal(2, 3, 4), normal(2, keys, 4), normal(2, keys, 2), normal(2)
+    dout, dlogsumexp = np.full((2, 3, 2), np.nan), normal(2, 3, seed=1)
+    options = backend.arrays({"mask": np.zeros((3, keys), dtype=bool), "sink": sink})
+    arrays = backend.arrays((query, key, values))
+    out, logsumexp = numbers(*attention(*arrays, **options, return_logsumexp=True))
+    np.testing.assert_array_equal(out, np.zeros((2, 3, 2)))
+    np.testing.assert_array_equal(logsumexp, np.broadcast_to(sink[:, None], (2, 3)))
+    grads = attention_backward(backend.array(dout), *arrays, **options, dlogsumexp=backend.array(dlogsumexp))
+    *others, dsink = numbers(*grads[:3], grads.dsink)
+    for gradient, array in zip(others, (query, key, values), strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros(array.shape))
+    np.testing.assert_allclose(dsink, dlogsumexp.sum(axis=-1), rtol=1e-13)
+    alone = attention_backward(backend.array(dout), *arrays, **options)
+    np.testing.assert_array_equal(numbers(alone.dsink)[0], np.zeros(2))
+
+
+@pytest.mark.parametrize("band", [False, True])
+def test_a_sink_of_minus_infinity_is_none(band):
+    """Also for a query that sees no key, because of a mask or because of where it stands."""
+    query, key, values, dout = normal(2, 3, 4), normal(2, 5, 4), normal(2, 5, 2), normal(2, 3, 2, seed=1)
+    mask = np.random.default_rng(0).random((2, 3, 5)) < 0.5
+    mask[0, 1] = False
+    options = {"is_causal": True, "query_offset": -1} if band else {"mask": mask}
+    sink, dlogsumexp = np.full(2, -np.inf), normal(2, 3, seed=2)
+    with refimpl.backend.limits(tile_bytes=1):
+        expected = attention(query, key, values, **options, return_logsumexp=True)
+        assert_close(attention(query, key, values, **options, sink=sink, return_logsumexp=True), expected)
+        grads = attention_backward(dout, query, key, values, **options, sink=sink, dlogsumexp=dlogsumexp)
+        assert_close(grads[:3], attention_backward(dout, query, key, values, **options, dlogsumexp=dlogsumexp)[:3])
+    np.testing.assert_array_equal(grads.dsink, [0.0, 0.0])
+
+
+def test_a_sink_of_any_size_does_not_overflow():
+    query, key, values = normal(3, 3, 4), normal(3, 5, 4), normal(3, 5, 2)
+    out, logsumexp = attention(query, key, values, sink=np.array([1e4, -1e4, 0.0]), return_logsumexp=True)
+    assert (out[0] == 0).all()
+    np.testing.assert_array_equal(logsumexp[0], np.full(3, 1e4))
+    assert_close((out[1],), (attention(query[1], key[1], values[1]),))
+    dout = normal(3, 3, 2, seed=1)
+    grads = attention_backward(dout, query, key, values, sink=np.array([1e4, -1e4, 0.0]))
+    assert all(np.isfinite(array).all() for array in (grads.dquery, grads.dkey, grads.dvalue, grads.dsink))
+
+
+def test_a_nan_in_the_sink_reaches_its_head():
+    arrays, sink = (normal(3, 3, 4), normal(3, 5, 4), normal(3, 5, 2)), normal(3)
+    dout = normal(3, 3, 2, seed=1)
+    results = []
+    for value in (sink[1], np.nan):
+        options = {"sink": np.where(np.arange(3) == 1, value, sink), "is_causal": True}
+        out = attention(*arrays, **options, return_logsumexp=True)
+        grads = attention_backward(dout, *arrays, **options)
+        results.append((*out, grads.dquery, grads.dsink))
+    for clean, dirty in zip(*results, strict=True):
+        assert np.isnan(dirty[1]).all()
+        np.testing.assert_array_equal(dirty[[0, 2]], clean[[0, 2]])
+
+
+def test_a_cap_bounds_the_scores_before_the_bias():
+    """Scores of any size, even infinite ones, are at most the cap; a bias comes on top."""
+    query, key, values = np.array([[1e200], [1.0]]), np.array([[1e200], [-1e200]]), np.array([[1.0], [0.0]])
+    bias = np.array([[0.0, 7.0], [2.0, 0.0]])
+    out, logsumexp = attention(query, key, values, softcap=2.0, bias=bias, return_logsumexp=True)
+    logits = np.array([[2.0, 5.0], [4.0, -2.0]])
+    np.testing.assert_allclose(logsumexp, np.log(np.exp(logits).sum(axis=1)), rtol=1e-14)
+    np.testing.assert_allclose(out[:, 0], 1 / (1 + np.exp(logits[:, 1] - logits[:, 0])), rtol=1e-13)
+    grads = attention_backward(np.array([[3.0], [5.0]]), query, key, values, softcap=2.0, bias=bias)
+    assert (grads.dquery == 0).all()
+    assert (grads.dkey == 0).all()
+    assert (grads.dbias != 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_dropped_pair_is_not_a_hidden_one(value):
+    """Its weight is 0, and 0 * NaN is NaN; a masked pair stays hidden, dropped or not."""
+    query, key, values, dout = normal(3, 4), normal(5, 4), normal(5, 2), normal(3, 2, seed=1)
+    values[2, 0] = value
+    keep, mask = np.ones((3, 5), dtype=bool), np.ones((3, 5), dtype=bool)
+    keep[:2, 2] = False
+    mask[1, 2] = False
+    options = {"mask": mask, "dropout_mask": keep, "dropout_p": 0.5}
+    out, logsumexp = attention(query, key, values, **options, return_logsumexp=True)
+    assert np.isfinite(logsumexp).all()
+    assert np.isnan(out[0, 0])
+    np.testing.assert_array_equal(np.isfinite(out), [[False, True], [True, True], [False, True]])
+    grads = attention_backward(dout, query, key, values, **options)
+    np.testing.assert_array_equal(np.isfinite(grads.dquery).all(axis=1), [False, True, False])
+    assert np.isfinite(grads.dvalue).all()
+
+
+def test_no_keys_and_no_queries_with_every_option():
+    sink, dropout = normal(4), {"dropout_mask": np.ones((1, 1), dtype=bool), "dropout_p": 0.5}
+    for rows, keys, batch in ((3, 0, 2), (0, 3, 2), (3, 3, 0)):
+        arrays = normal(batch, 4, rows, 5), normal(batch, 2, keys, 5), normal(batch, 2, keys, 6)
+        options = {"sink": sink, "softcap": 2.0, "bias": normal(1, rows, keys), "is_causal": True}
+        out, logsumexp = attention(*arrays, **options, **dropout, return_logsumexp=True)
+        assert out.shape == (batch, 4, rows, 6)
+        dlogsumexp = normal(batch, 4, rows, seed=1)
+        grads = attention_backward(out, *arrays, **options, **dropout, dlogsumexp=dlogsumexp)
+        assert [grad.shape for grad in grads] == [a.shape for a in (*arrays, options["bias"], sink)]
+        weights, of_weights = attention_weights(*arrays[:2], **options, return_logsumexp=True)
+        assert weights.shape == (batch, 4, rows, keys)
+        np.testing.assert_array_equal(of_weights, logsumexp)
+        if keys == 0:
+            assert (out == 0).all()
+            np.testing.assert_array_equal(logsumexp, np.broadcast_to(sink[:, None], logsumexp.shape))
+            np.testing.assert_allclose(grads.dsink, dlogsumexp.sum(axis=(0, 2)), rtol=1e-13)
+
+
+def test_a_query_that_sees_no_key_has_no_weights():
+    query, key, mask = normal(2, 3, 4), normal(2, 5, 4), np.ones((3, 5), dtype=bool)
+    mask[1] = False
+    weights, logsumexp = attention_weights(query, key, mask=mask, return_logsumexp=True)
+    assert (weights[:, 1] == 0).all()
+    assert (logsumexp[:, 1] == -np.inf).all()
+    np.testing.assert_allclose(weights[:, [0, 2]].sum(axis=-1), np.ones((2, 2)), rtol=1e-14)
+    grads = attention_weights_backward(normal(2, 3, 5, seed=1), query, key, mask=mask, dlogsumexp=normal(2, 3))
+    assert (grads.dquery[:, 1] == 0).all()
+
+
+def test_a_visible_nan_reaches_the_weights_of_its_rows():
+    query, key, dweights = normal(4, 3), normal(5, 3), normal(4, 5, seed=1)
+    key[2, 1] = np.nan  # causal with offset 1: rows 1, 2 and 3 see key 2
+    visible = np.tri(4, 5, 1, dtype=bool)
+    poisoned = visible & (np.arange(4) >= 1)[:, None]
+    weights = attention_weights(query, key, is_causal=True, query_offset=1)
+    np.testing.assert_array_equal(np.isnan(weights), poisoned)
+    assert (weights[~visible] == 0).all()
+    grads = attention_weights_backward(dweights, query, key, is_causal=True, query_offset=1)
+    np.testing.assert_array_equal(np.isnan(grads.dquery).any(axis=1), [False, True, True, True])
+    assert np.isnan(grads.dkey).all()

@@ -8,7 +8,8 @@ import pytest
 
 import refimpl
 
-ATTENTION, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention"
+ATTENTION, MULTI_HEAD, WEIGHTS = "scaled_dot_product_attention", "multi_head_attention", "attention_weights"
+INDICES = np.arange(30).reshape(5, 6) + np.zeros((2, 4, 5, 6), dtype=int)
 X, WEIGHT, BIAS = np.ones((2, 4, 5, 6)), np.ones((6, 2, 3, 3)), np.ones(6)
 QUERY, KEY, VALUE = np.ones((2, 4, 3, 8)), np.ones((2, 2, 5, 8)), np.ones((2, 2, 5, 7))
 TOKENS, MEMORY = np.ones((2, 3, 8)), np.ones((2, 5, 8))
@@ -30,9 +31,17 @@ VALID = {
     "conv_transpose": {"x": np.ones((2, 6, 5, 6)), "weight": WEIGHT, "bias": np.ones(4), "groups": 2},
     "max_pool": {"x": X, "kernel_size": 2},
     "avg_pool": {"x": X, "kernel_size": 2},
+    "lp_pool": {"x": X, "norm_type": 2, "kernel_size": 2},
+    "adaptive_avg_pool": {"x": X, "output_size": 2},
+    "adaptive_max_pool": {"x": X, "output_size": 2},
+    "max_unpool": {"x": X, "indices": INDICES, "kernel_size": 2},
     ATTENTION: {"query": QUERY, "key": KEY, "value": VALUE},
+    WEIGHTS: {"query": QUERY, "key": KEY},
     MULTI_HEAD: {"query": TOKENS, "key": MEMORY, "value": MEMORY, "params": PARAMS, "num_heads": 2},
+    "merge_attention": {"outs": X, "logsumexps": np.ones((2, 4, 5))},
 }
+POOLS = ("max_pool", "avg_pool", "lp_pool")
+ADAPTIVE = ("adaptive_avg_pool", "adaptive_max_pool")
 
 # What is no array, for any argument that must be one: (value, error, rule).
 NO_ARRAY = [
@@ -44,9 +53,9 @@ NO_ARRAY = [
 ]
 NO_FLOATING = [
     *NO_ARRAY,
-    (np.ones((2, 2), dtype=np.complex128), TypeError, "float32 or float64"),
-    (np.ones((2, 2), dtype=bool), TypeError, "float32 or float64"),
-    (np.ones((2, 2), dtype=object), TypeError, "float32 or float64"),
+    (np.ones((2, 2), dtype=np.complex128), TypeError, "float64, float32, float16 or bfloat16"),
+    (np.ones((2, 2), dtype=bool), TypeError, "float64, float32, float16 or bfloat16"),
+    (np.ones((2, 2), dtype=object), TypeError, "float64, float32, float16 or bfloat16"),
     (np.ones((2, 2), dtype=">f8"), TypeError, "native byte order"),
     (array_api_strict.ones((2, 2)), TypeError, "same backend"),
 ]
@@ -84,7 +93,7 @@ WRONG = [
     ("conv", "groups", 0, ValueError, "at least 1"),
     ("conv", "groups", 4, ValueError, r"weight.shape\[1\] \* groups \(2 \* 4 = 8\)"),
     ("conv", "groups", 3, ValueError, r"weight.shape\[1\] \* groups"),
-    ("conv", "padding_mode", "mirror", ValueError, "'zeros'"),
+    ("conv", "padding_mode", "mirror", ValueError, "'zeros', 'reflect', 'replicate', 'circular'"),
     ("conv", "padding_mode", None, TypeError, "be a string"),
     ("conv", "x", X.astype(np.float32), TypeError, "same dtype"),
     ("conv", "weight", WEIGHT.astype(np.float32), TypeError, "same dtype as x"),
@@ -107,7 +116,7 @@ WRONG = [
     *(
         (op, n, 2**41, ValueError, "be at most")
         for op in VALID
-        if "pool" in op or "conv" in op
+        if ("pool" in op or "conv" in op) and op not in ADAPTIVE
         for n in ("stride", "padding")
     ),
     ("max_pool", "kernel_size", 2**100, ValueError, "be at most"),
@@ -129,28 +138,24 @@ WRONG = [
     ("conv_transpose", "x", np.ones((2, 5, 5, 6)), ValueError, r"weight.shape\[0\] \(6\)"),
     ("conv_transpose", "bias", np.ones(6), ValueError, r"shape \(4,\)"),
     ("conv_transpose", "stride", 2**40, ValueError, "result"),
-    *((op, "x", *case) for op in ("max_pool", "avg_pool") for case in NO_ARRAY),
-    *(
-        (op, "x", np.ones((2, 2, 2), dtype=d), TypeError, "float")
-        for op in ("max_pool", "avg_pool")
-        for d in (bool, complex)
-    ),
-    *((op, "x", None, TypeError, "be an array") for op in ("max_pool", "avg_pool")),
-    *((op, "stride", *case) for op in ("max_pool", "avg_pool") for case in NO_SIZES if case[0] is not None),
-    *((op, "dilation", *case) for op in ("max_pool", "avg_pool") for case in NO_SIZES),
-    *((op, "padding", *case) for op in ("max_pool", "avg_pool") for case in NO_PADDING),
-    *((op, "ceil_mode", *case) for op in ("max_pool", "avg_pool") for case in NO_FLAG),
-    *((op, "kernel_size", *case) for op in ("max_pool", "avg_pool") for case in NO_INT),
-    *((op, "kernel_size", 0, ValueError, "at least 1") for op in ("max_pool", "avg_pool")),
-    *((op, "kernel_size", (), ValueError, "1 to 4 entries") for op in ("max_pool", "avg_pool")),
-    *((op, "kernel_size", (1,) * 5, ValueError, "1 to 4 entries") for op in ("max_pool", "avg_pool")),
-    *((op, "kernel_size", 7, ValueError, "be at least") for op in ("max_pool", "avg_pool")),
-    *((op, "x", np.ones((2, 3)), ValueError, "at least 3 dimensions") for op in ("max_pool", "avg_pool")),
-    *((op, "x", np.ones((2, 3, 0)), ValueError, "at least 1") for op in ("max_pool", "avg_pool")),
-    *((op, "padding", 2, ValueError, "every window") for op in ("max_pool", "avg_pool")),
-    *((op, "padding", ((0, 3), 0), ValueError, "every window") for op in ("max_pool", "avg_pool")),
+    *((op, "x", *case) for op in POOLS for case in NO_ARRAY),
+    *((op, "x", np.ones((2, 2, 2), dtype=d), TypeError, "float") for op in POOLS for d in (bool, complex)),
+    *((op, "x", None, TypeError, "be an array") for op in POOLS),
+    *((op, "stride", *case) for op in POOLS for case in NO_SIZES if case[0] is not None),
+    *((op, "dilation", *case) for op in POOLS for case in NO_SIZES),
+    *((op, "padding", *case) for op in POOLS for case in NO_PADDING),
+    *((op, "ceil_mode", *case) for op in POOLS for case in NO_FLAG),
+    *((op, "kernel_size", *case) for op in POOLS for case in NO_INT),
+    *((op, "kernel_size", 0, ValueError, "at least 1") for op in POOLS),
+    *((op, "kernel_size", (), ValueError, "1 to 4 entries") for op in POOLS),
+    *((op, "kernel_size", (1,) * 5, ValueError, "1 to 4 entries") for op in POOLS),
+    *((op, "kernel_size", 7, ValueError, "be at least") for op in POOLS),
+    *((op, "x", np.ones((2, 3)), ValueError, "at least 3 dimensions") for op in POOLS),
+    *((op, "x", np.ones((2, 3, 0)), ValueError, "at least 1") for op in POOLS),
+    *((op, "padding", 2, ValueError, "every window") for op in POOLS),
+    *((op, "padding", ((0, 3), 0), ValueError, "every window") for op in POOLS),
     *(("max_pool", "return_indices", *case) for case in NO_FLAG),
-    ("avg_pool", "x", np.ones((2, 4, 5, 6), dtype=int), TypeError, "float32 or float64"),
+    ("avg_pool", "x", np.ones((2, 4, 5, 6), dtype=int), TypeError, "float64, float32, float16 or bfloat16"),
     *(("avg_pool", "count_include_pad", *case) for case in NO_FLAG),
     *(("avg_pool", "divisor_override", *case) for case in NO_INT if case[0] is not None),
     ("avg_pool", "divisor_override", 0, ValueError, "other than 0"),
@@ -201,6 +206,67 @@ WRONG = [
     (ATTENTION, "scale", 10**400, ValueError, "finite"),
     (ATTENTION, "scale", np.ones(()), TypeError, "number"),
     (ATTENTION, "scale", True, TypeError, "number"),
+    *((ATTENTION, "dropout_mask", *case) for case in NO_ARRAY),
+    (ATTENTION, "dropout_mask", np.ones((3, 5)), TypeError, "dtype bool"),
+    (ATTENTION, "dropout_mask", np.ones((3, 4), dtype=bool), ValueError, "weights"),
+    (ATTENTION, "dropout_p", 0.5, ValueError, "be 0 without a dropout_mask"),
+    *((ATTENTION, "dropout_p", p, ValueError, r"be in \[0, 1\)") for p in (-0.1, 1, 1.5)),
+    *((ATTENTION, "dropout_p", p, TypeError, "number") for p in ("0", None, True, np.ones(()))),
+    (ATTENTION, "dropout_p", np.nan, ValueError, "finite"),
+    *((op, "sink", *case) for op in (ATTENTION, WEIGHTS, MULTI_HEAD) for case in NO_FLOATING),
+    *((op, "sink", np.ones(3), ValueError, "one for each head") for op in (ATTENTION, WEIGHTS, MULTI_HEAD)),
+    (ATTENTION, "sink", np.ones((4, 1)), ValueError, r"shape \(4,\)"),
+    (ATTENTION, "sink", np.ones(4, dtype=np.float32), TypeError, "same dtype"),
+    *((op, "softcap", 0, ValueError, "above 0") for op in (ATTENTION, WEIGHTS, MULTI_HEAD)),
+    *((op, "softcap", -1.0, ValueError, "above 0") for op in (ATTENTION, WEIGHTS, MULTI_HEAD)),
+    *((op, "softcap", "1", TypeError, "number") for op in (ATTENTION, WEIGHTS, MULTI_HEAD)),
+    (ATTENTION, "softcap", np.inf, ValueError, "finite"),
+    *((WEIGHTS, n, *case) for n in ("query", "key", "bias") for case in NO_FLOATING),
+    *((WEIGHTS, n, None, TypeError, "be an array") for n in ("query", "key")),
+    (WEIGHTS, "key", np.ones((2, 2, 5, 7)), ValueError, r"query.shape\[-1\] \(8\)"),
+    (WEIGHTS, "key", np.ones((2, 3, 5, 8)), ValueError, r"multiple of those of key \(3\)"),
+    (WEIGHTS, "key", np.ones((3, 2, 5, 8)), ValueError, "broadcast"),
+    (WEIGHTS, "query", np.ones(8), ValueError, "at least 2 dimensions"),
+    (WEIGHTS, "mask", np.ones((3, 4), dtype=bool), ValueError, "scores"),
+    (WEIGHTS, "return_logsumexp", 1, TypeError, "True or False"),
+    *(("merge_attention", n, *case) for n in ("outs", "logsumexps") for case in NO_ARRAY),
+    *(("merge_attention", n, None, TypeError, "be an array") for n in ("outs", "logsumexps")),
+    ("merge_attention", "outs", X[0, 0], ValueError, "at least 3 dimensions"),
+    ("merge_attention", "outs", X.astype(int), TypeError, "float64"),
+    ("merge_attention", "logsumexps", np.ones((2, 4, 6)), ValueError, r"\(2, 4, 5\)"),
+    ("merge_attention", "logsumexps", np.ones((2, 4, 5), dtype=np.float32), TypeError, "dtype float64"),
+    ("merge_attention", "logsumexps", array_api_strict.ones((2, 4, 5)), TypeError, "same backend"),
+    *(("lp_pool", "norm_type", p, TypeError, "number") for p in ("2", None, True, [2])),
+    *(("lp_pool", "norm_type", p, ValueError, "above 0") for p in (0, -1, -0.5)),
+    *(("lp_pool", "norm_type", p, ValueError, "finite") for p in (np.inf, np.nan, 10**400)),
+    *((op, "x", *case) for op in (*ADAPTIVE, "max_unpool") for case in NO_ARRAY),
+    *((op, "x", None, TypeError, "be an array") for op in (*ADAPTIVE, "max_unpool")),
+    *((op, "x", np.ones((2, 2, 2), dtype=bool), TypeError, "float") for op in ADAPTIVE),
+    *((op, "output_size", *case) for op in ADAPTIVE for case in (*NO_INT, (0, ValueError, "at least 1"))),
+    *((op, "output_size", (1, 0), ValueError, "at least 1") for op in ADAPTIVE),
+    *((op, "output_size", (), ValueError, "1 to 4 entries") for op in ADAPTIVE),
+    *((op, "output_size", (1,) * 5, ValueError, "1 to 4 entries") for op in ADAPTIVE),
+    *((op, "output_size", (1, 2.0), TypeError, "be an int") for op in ADAPTIVE),
+    *((op, "output_size", 2**41, ValueError, "at most") for op in ADAPTIVE),
+    *((op, "x", np.ones((3, 3)), ValueError, "at least 3 dimensions") for op in ADAPTIVE),
+    *((op, "x", np.ones((2, 4, 0, 6)), ValueError, "at least 1") for op in (*ADAPTIVE, "max_unpool")),
+    *(("adaptive_max_pool", "return_indices", *case) for case in NO_FLAG),
+    *(("max_unpool", "indices", *case) for case in (*NO_ARRAY, (None, TypeError, "be an array"))),
+    *(("max_unpool", "indices", INDICES.astype(d), TypeError, "int32 or int64") for d in ("i2", "u8", "f8", "?")),
+    ("max_unpool", "indices", INDICES[:1], ValueError, "shape of x"),
+    ("max_unpool", "indices", INDICES - 1, ValueError, r"in \[0, 120\); got values from -1 to 28"),
+    ("max_unpool", "indices", INDICES + 91, ValueError, r"in \[0, 120\); got values from 91 to 120"),
+    *(("max_unpool", "stride", *case) for case in NO_SIZES if case[0] is not None),
+    *(("max_unpool", "kernel_size", *case) for case in NO_INT),
+    ("max_unpool", "kernel_size", (1, 0), ValueError, "at least 1"),
+    ("max_unpool", "kernel_size", (1,) * 5, ValueError, "1 to 4 entries"),
+    *(("max_unpool", "padding", *case) for case in NO_PADDING),
+    ("max_unpool", "padding", 6, ValueError, "output size of at least 1"),
+    ("max_unpool", "output_size", (8, 12), ValueError, r"less than one stride \(2\) away from 10"),
+    ("max_unpool", "output_size", 14, ValueError, r"away from 10"),
+    ("max_unpool", "output_size", (10,), ValueError, "2 spatial dimensions"),
+    ("max_unpool", "output_size", (10.0, 12), TypeError, "be an int"),
+    ("max_unpool", "output_size", 0, ValueError, "at least 1"),
     *((MULTI_HEAD, n, *case) for n in ("query", "key", "value", "bias") for case in NO_FLOATING),
     *((MULTI_HEAD, "num_heads", *case) for case in NO_INT),
     (MULTI_HEAD, "num_heads", 0, ValueError, "at least 1"),
@@ -217,7 +283,16 @@ WRONG = [
     (MULTI_HEAD, "params", [1], TypeError, "mapping"),
     (MULTI_HEAD, "params", {}, ValueError, "'q_proj_weight'"),
     (MULTI_HEAD, "params", PARAMS | {"weight": X}, ValueError, "got 'weight'"),
-    (MULTI_HEAD, "params", PARAMS | {"bias_k": X}, ValueError, "got 'bias_k'"),
+    (MULTI_HEAD, "params", PARAMS | {"bias_k": X}, ValueError, "key 'bias_v'"),
+    (MULTI_HEAD, "params", PARAMS | {"bias_v": X}, ValueError, "key 'bias_k'"),
+    (MULTI_HEAD, "params", PARAMS | {"bias_k": X, "bias_v": X}, ValueError, r"shape \(1, 1, 8\)"),
+    (MULTI_HEAD, "num_kv_heads", 3, ValueError, r"divide num_heads \(2\)"),
+    (MULTI_HEAD, "num_kv_heads", 0, ValueError, "at least 1"),
+    (MULTI_HEAD, "num_kv_heads", 2.0, TypeError, "be an int"),
+    (MULTI_HEAD, "num_kv_heads", True, TypeError, "be an int"),
+    *((MULTI_HEAD, n, *case) for n in ("need_weights", "average_weights", "add_zero_attn") for case in NO_FLAG),
+    (MULTI_HEAD, "dropout_p", 0.5, ValueError, "be 0 without a dropout_mask"),
+    (MULTI_HEAD, "dropout_mask", np.ones((3, 6), dtype=bool), ValueError, r"weights, \(2, 2, 3, 5\)"),
     (MULTI_HEAD, "params", PARAMS | {"q_proj_weight": X}, ValueError, "got 'q_proj_weight' as well"),
     (MULTI_HEAD, "params", {"in_proj_weight": np.ones((24, 8))}, ValueError, "key 'out_proj.weight'"),
     (MULTI_HEAD, "params", {"q_proj_weight": np.ones((8, 8))}, ValueError, "key 'k_proj_weight'"),
@@ -247,7 +322,8 @@ def test_wrong_arguments(case, direction):
     arguments = VALID[op] | {argument: value}
     function = getattr(refimpl, op)
     if direction == "backward":
-        arguments["dout"] = np.ones(function(**VALID[op]).shape)
+        out = function(**VALID[op])
+        arguments["dout"] = out[0] if isinstance(out, tuple) else out
         function = getattr(refimpl, f"{op}_backward")
     with pytest.raises(error, match=rf"^{function.__name__}: .+ must .*; got ") as raised:
         function(**arguments)
@@ -284,6 +360,51 @@ def test_wrong_dout(op, dout, error, rule):
 def test_wrong_indices(indices, error, rule):
     with pytest.raises(error, match=rf"^max_pool_backward: indices must .*{rule}.*; got "):
         refimpl.max_pool_backward(np.ones((2, 4, 2, 3)), X, 2, indices=indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument", "rule"),
+    [
+        ({"num_kv_heads": 1}, "params", "have q_proj_weight, k_proj_weight and v_proj_weight"),
+        ({"num_kv_heads": 1, "params": None}, r"key.shape\[-1\]", r"equal query.shape\[-1\] \(8\) / 2"),
+        ({"num_kv_heads": 1, "params": SEPARATE}, "params['k_proj_weight']", r"have shape \(4, 8\)"),
+        ({"params": None, "need_weights": True, "num_heads": 16}, "num_heads", "divide the features of query"),
+        ({"dropout_mask": np.ones((3, 5), dtype=bool), "add_zero_attn": True}, "dropout_mask", r"\(2, 2, 3, 6\)"),
+        ({"mask": np.ones((3, 6), dtype=bool), "add_zero_attn": True}, "mask", r"scores, \(2, 2, 3, 5\)"),
+    ],
+)
+def test_wrong_combinations_in_multi_head_attention(options, argument, rule):
+    argument = argument.replace("['", r"\['").replace("']", r"'\]")
+    with pytest.raises(ValueError, match=rf"^{MULTI_HEAD}: {argument} must .*{rule}.*; got "):
+        refimpl.multi_head_attention(**VALID[MULTI_HEAD] | options)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_padding_that_the_elements_cannot_fill(mode):
+    limit = 4 if mode == "reflect" else 5
+    refimpl.conv(X, WEIGHT, groups=2, padding=[limit, 0], padding_mode=mode)
+    rule = f"be at most {limit} in spatial dimension 0 of size 5 with padding_mode='{mode}'"
+    with pytest.raises(ValueError, match=rf"^conv: padding must {rule}; got {limit + 1} and 0$"):
+        refimpl.conv(X, WEIGHT, groups=2, padding=[(limit + 1, 0), 0], padding_mode=mode)
+
+
+@pytest.mark.parametrize("op", [ATTENTION, WEIGHTS, "merge_attention"])
+@pytest.mark.parametrize(
+    ("dlogsumexp", "error", "rule"),
+    [
+        (np.ones((1, 1)), ValueError, "shape of the logsumexp"),
+        (np.ones((2, 4, 3), dtype=np.float32), TypeError, "dtype float64"),
+        (np.ones((2, 4, 3), dtype=int), TypeError, "dtype float64"),
+        ([1.0], TypeError, "NumPy array"),
+        (array_api_strict.ones((2, 4, 3)), TypeError, "same backend"),
+    ],
+)
+def test_wrong_dlogsumexp(op, dlogsumexp, error, rule):
+    function = getattr(refimpl, f"{op}_backward")
+    out = getattr(refimpl, op)(**VALID[op])
+    dout = out[0] if op == "merge_attention" else out
+    with pytest.raises(error, match=rf"^{function.__name__}: dlogsumexp must .*{rule}.*; got "):
+        function(dout, **VALID[op], dlogsumexp=dlogsumexp)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,25 @@
 
 import itertools
 
-import cases
 import numpy as np
 import oracles
 import pytest
 from cases import ramp
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import refimpl
 from refimpl import conv, conv_backward, conv_transpose, conv_transpose_backward
+from refimpl.testing import strategies
+
+NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+each_mode = pytest.mark.parametrize("mode", NUMPY_MODES)
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 @given(data=st.data())
 def test_agrees_with_loops(op, data):
-    case = data.draw(cases.EVERY_OP[op](kind="integers"))
+    case = data.draw(strategies.EVERY_OP[op](values="integers"))
     out = case.f(*case.arrays, **case.options)
     dout = ramp(*out.shape)
     expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
@@ -28,7 +31,7 @@ def test_agrees_with_loops(op, data):
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 @given(data=st.data())
 def test_gradients_are_adjoints(op, data):
-    case = data.draw(cases.EVERY_OP[op](kind="integers"))
+    case = data.draw(strategies.EVERY_OP[op](values="integers"))
     x, weight, _ = case.arrays
     out = case.f(x, weight, **case.options)
     dout = ramp(*out.shape)
@@ -129,7 +132,7 @@ def test_cropping_never_meets_what_is_not_finite(value):
     assert np.isfinite(grads.dweight).tolist() == [[[True, False, False]]]
 
 
-@given(case=st.one_of(cases.conv(), cases.conv_transpose()), seed=st.integers(0, 1000))
+@given(case=st.one_of(strategies.conv(), strategies.conv_transpose()), seed=st.integers(0, 1000))
 def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
     """Poison one weight: outputs, gradients of x and taps that do not depend on it keep their bits."""
     x, weight, bias = case.arrays
@@ -165,3 +168,102 @@ def test_many_dimensions():
     expected = oracles.conv(dout, x, weight, padding=1, groups=2)
     for actual, reference in zip((out, *conv_backward(dout, x, weight, padding=1, groups=2)), expected, strict=True):
         np.testing.assert_array_equal(actual, reference)
+
+
+@given(case=strategies.conv(), seed=st.integers(0, 1000))
+def test_nan_reaches_what_reads_its_copies_and_changes_no_bit_elsewhere(case, seed):
+    """Poison one element of x, then one of dout; the oracle says which results depend on it, and on which copies."""
+    x, weight, bias = case.arrays
+    out = conv(*case.arrays, **case.options)
+    assume(out.size)
+    rng = np.random.default_rng(seed)
+    dout = rng.normal(size=out.shape)
+    grads = conv_backward(dout, *case.arrays, **case.options)
+    ones = [np.ones(array.shape) for array in (dout, x, weight)]
+
+    def check(clean, dirty, depends):
+        np.testing.assert_array_equal(np.isnan(dirty), depends)
+        assert dirty[~depends].tobytes() == clean[~depends].tobytes()
+
+    for place, array in enumerate((dout, x)):
+        poisoned, unit = array.copy(), np.zeros(array.shape)
+        at = tuple(rng.integers(n) for n in array.shape)
+        poisoned[at], unit[at] = np.nan, 1.0
+        marked, arrays = list(ones), [dout, x]
+        marked[place], arrays[place] = unit, poisoned
+        of_out, of_dx, of_dweight, _ = (
+            part > 0 if part is not None else None for part in oracles.conv(*marked, **case.options)
+        )
+        if array is x:
+            check(out, conv(poisoned, weight, bias, **case.options), of_out)
+        dirty = conv_backward(*arrays, weight, bias, **case.options)
+        check(grads.dx, dirty.dx, of_dx if array is dout else np.zeros(x.shape, dtype=bool))
+        check(grads.dweight, dirty.dweight, of_dweight)
+
+
+@each_mode
+@pytest.mark.parametrize("padding", [1, (0, 2), [(2, 0), (1, 2)], "valid", "same", "same_lower"])
+@pytest.mark.parametrize("stride", [1, (3, 2)])
+def test_padding_modes_are_those_of_numpy(backend, mode, padding, stride):
+    """Padded by NumPy first, then convolved without padding."""
+    x, weight = ramp(2, 4, 5, 4), ramp(6, 2, 3, 4)
+    pads = oracles.window_elements((5, 4), (3, 4), stride, padding, 1)[1]
+    padded = np.pad(x, [(0, 0), (0, 0), *pads], mode=NUMPY_MODES[mode])
+    expected = conv(padded, weight, stride=stride, groups=2)
+    out = conv(*backend.arrays((x, weight)), stride=stride, padding=padding, groups=2, padding_mode=mode)
+    assert backend.owns(out)
+    np.testing.assert_array_equal(refimpl.backend.to_numpy(out), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "shown"),
+    [
+        ("reflect", [2, 1, 0, 1, 2, 1]),
+        ("replicate", [0, 0, 0, 1, 2, 2]),
+        ("circular", [1, 2, 0, 1, 2, 0]),
+    ],
+)
+def test_gradients_accumulate_onto_the_pixels_that_padding_shows(backend, mode, shown):
+    """A kernel of a single 1 shows the padded x; `shown` says which pixel stands where."""
+    x, weight, dout = np.array([[[3.0, 5.0, 7.0]]]), np.ones((1, 1, 1)), 10.0 ** np.arange(6)[None, None]
+    options = {"padding": [(2, 1)], "padding_mode": mode}
+    arrays = backend.arrays((x, weight))
+    np.testing.assert_array_equal(refimpl.backend.to_numpy(conv(*arrays, **options)), x[..., shown])
+    grads = conv_backward(backend.array(dout), *arrays, **options)
+    dx = [[[sum(dout[0, 0, np.equal(shown, i)]) for i in range(3)]]]
+    np.testing.assert_array_equal(refimpl.backend.to_numpy(grads.dx), dx)
+    np.testing.assert_array_equal(refimpl.backend.to_numpy(grads.dweight), [[[np.sum(dout * x[..., shown])]]])
+
+
+@pytest.mark.parametrize(("mode", "most"), [("reflect", 3), ("circular", 4)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_padding_reads_each_pixel_at_most_once_a_side(mode, most, side):
+    x, weight = ramp(1, 2, 4, 9), ramp(1, 2, 1, 1)
+    pad = [0, 0]
+    pad[side] = most
+    expected = conv(np.pad(x, ((0, 0), (0, 0), pad, (0, 0)), mode=NUMPY_MODES[mode]), weight)
+    np.testing.assert_array_equal(conv(x, weight, padding=[pad, 0], padding_mode=mode), expected)
+    pad[side] = most + 1
+    for function, arrays in ((conv, (x, weight)), (conv_backward, (ramp(1, 1, 4 + most + 1, 9), x, weight))):
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: .+ must .*{most}.*; got "):
+            function(*arrays, padding=[pad, 0], padding_mode=mode)
+
+
+def test_replicated_padding_has_no_limit_and_reflection_needs_a_second_pixel():
+    x, weight = np.array([[[7.0]]]), np.ones((1, 1, 1))
+    assert conv(x, weight, padding=3, padding_mode="replicate").tolist() == [[[7.0] * 7]]
+    assert conv(x, weight, padding=1, padding_mode="circular").tolist() == [[[7.0] * 3]]
+    assert conv(x, weight, padding_mode="reflect").tolist() == [[[7.0]]]
+    for padding, kernel in ((1, 1), ("same", 3)):
+        with pytest.raises(ValueError, match=r"^conv: .+ must .*; got "):
+            conv(x, np.ones((1, 1, kernel)), padding=padding, padding_mode="reflect")
+
+
+@each_mode
+def test_padding_modes_of_an_empty_batch(mode):
+    x, weight = np.ones((0, 2, 4)), ramp(3, 2, 3)
+    out = conv(x, weight, padding=1, padding_mode=mode)
+    assert out.shape == (0, 3, 4)
+    grads = conv_backward(out, x, weight, padding=1, padding_mode=mode)
+    assert grads.dx.shape == x.shape
+    np.testing.assert_array_equal(grads.dweight, np.zeros(weight.shape))

@@ -1,0 +1,260 @@
+"""Which pairs of a query and a key there are, and which of them the options allow to meet.
+
+H heads (Hq of the queries, Hkv of keys and values, R = Hq / Hkv queries that share a key head); L length; E features.
+Inside, a query is (..., Hkv, R, Lq, E) and a key (..., Hkv, 1, Lk, E): sharing heads is broadcasting, like any other.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from . import _masked, backend
+from .backend import Array, Tile
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call as the tiles use them: every array (..., Hkv, R, ., .), with all batch dimensions."""
+
+    query: Array
+    key: Array
+    value: Array | None
+    bias: Array | None
+    mask: Array | None
+    first: int | Array | None
+    """Query i sees no key before `i + first`."""
+    last: int | Array | None
+    """Query i sees no key after `i + last`."""
+    query_lengths: Array | None
+    key_lengths: Array | None
+    sink: Array | None
+    """(Hkv, R, 1, 1), with all batch dimensions."""
+    scale: float
+    softcap: float | None
+    dropout_mask: Array | None
+    kept: float
+    """The share of the weights that dropout keeps on average."""
+    appended: int
+    """How many of the keys, the last ones, every query sees, whatever hides the others; they have no bias."""
+    hides: bool
+    """Whether any option may hide a pair."""
+    finite: bool
+    """Whether all that weights are multiplied by is neither NaN nor inf, so that a hidden pair may be 0 times it."""
+    scores: tuple[int, ...]
+    """The shape of the scores, `(..., Hq, Lq, Lk)` or `(Lq, Lk)`, appended keys included."""
+    space: tuple[int, ...]
+    """What there is to cut into tiles: (..., Hkv, R, Lq)."""
+
+    def tiles(self, arrays: int) -> Iterator[Tile]:
+        """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys)."""
+        arrays += sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask))
+        features = sum(int(array.shape[-1]) for array in (self.key, self.value) if array is not None)
+        return backend.tiles(self.space, (arrays * self.scores[-1] + features) * backend.itemsize(self.query))
+
+    def visible_keys(self, tile: Tile) -> slice | None:
+        """Return the keys outside of which the rows of the tile see none, or None if there are none."""
+        rows, start, stop = tile[-1], 0, self.scores[-1]
+        if not self.appended:
+            if isinstance(self.first, int):
+                start = max(start, rows.start + self.first)
+            if isinstance(self.last, int):
+                stop = min(stop, rows.stop + self.last)
+        return slice(start, stop) if start < stop else None
+
+    def own_keys(self, keys: slice) -> slice:
+        """Return those of the keys that were not appended: the ones that bias, mask and positions are about."""
+        return slice(keys.start, min(keys.stop, self.scores[-1] - self.appended))
+
+    def extended(self, part: Array, keys: slice, value: float) -> Array:
+        """Return a part (..., own keys or 1) of what is about the own keys, with a value for each of the others."""
+        if not self.appended:
+            return part
+        xp = backend.namespace(part)
+        own = self.own_keys(keys)
+        part = xp.broadcast_to(part, (*part.shape[:-1], own.stop - own.start))
+        more = backend.full((*part.shape[:-1], self.appended), value, part)
+        return xp.concat([part, more], axis=-1)
+
+
+def prepare(
+    arrays: Mapping[str, Array],
+    scores: tuple[int, ...],
+    *,
+    bias: Array | None,
+    mask: Array | None,
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    query_offset: int | Array,
+    query_lengths: Array | None,
+    key_lengths: Array | None,
+    sink: Array | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    appended: int = 0,
+) -> Call:
+    """Bring checked arguments into the form that the tiles use, half types as float32.
+
+    `scores` is the shape of the scores, appended keys included.
+    """
+    query, key, value, bias, sink = backend.widened(arrays["query"], arrays["key"], arrays.get("value"), bias, sink)
+    kv_heads = int(key.shape[-3]) if key.ndim > 2 else 1
+    heads = scores[-3] if len(scores) > 2 else 1
+    space = (*scores[:-3], kv_heads, heads // kv_heads, scores[-2])
+    left, right = (None if side is None else int(side) for side in window or (None, None))
+    if is_causal:
+        right = 0
+    offset = query_offset if backend.is_array(query_offset) else int(query_offset)
+    options = (bias, mask, left, right, query_lengths, key_lengths)
+    hides = any(option is not None for option in options)
+
+    def split(array: Array | None) -> Array | None:
+        return None if array is None else by_heads(array, space)
+
+    return Call(
+        query=split(query),
+        key=split(key),
+        value=split(value),
+        bias=split(bias),
+        mask=split(mask),
+        first=None if left is None else _shifted(offset, -left, space, key),
+        last=None if right is None else _shifted(offset, right, space, key),
+        query_lengths=None if query_lengths is None else _per_batch(query_lengths, space),
+        key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
+        sink=None if sink is None else split(backend.namespace(sink).reshape(sink, (-1, 1, 1))),
+        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
+        dropout_mask=split(dropout_mask),
+        kept=1.0 - float(dropout_p),
+        appended=appended,
+        hides=hides,
+        finite=not hides or all(backend.all_finite(array) for array in (query, key, value) if array is not None),
+        scores=scores,
+        space=space,
+    )
+
+
+def visible(call: Call, tile: Tile, keys: slice) -> Array:
+    """Return which pairs of the tile every option allows, in a shape that broadcasts to that of the scores."""
+    own = call.own_keys(keys)
+    pairs = (*tile, own)
+    i = backend.arange(tile[-1].start, tile[-1].stop, call.query)[:, None]
+    j = backend.arange(own.start, own.stop, call.query)[None, :]
+    allowed = []
+    if call.first is not None:
+        allowed.append(j >= i + take(call.first, pairs))
+    if call.last is not None:
+        allowed.append(j <= i + take(call.last, pairs))
+    if call.key_lengths is not None:
+        allowed.append(j < take(call.key_lengths, pairs))
+    if call.mask is not None:
+        allowed.append(take(call.mask, pairs))
+    if call.bias is not None:
+        allowed.append(take(call.bias, pairs) != -math.inf)
+    if allowed:
+        allowed = [call.extended(functools.reduce(operator.and_, allowed), keys, True)]
+    if call.query_lengths is not None:
+        allowed.append(i < take(call.query_lengths, pairs))
+    return functools.reduce(operator.and_, allowed)
+
+
+def reached(call: Call, *arrays: Array) -> list[Array]:
+    """Return where attention is more than a structural 0: rows of the result, and of query, key and value as given.
+
+    Of the result and of query, those that see a key; of key and value, those that a query sees. Each is a bool array
+    of the leading dimensions and the length of its array, (..., H, L, 1).
+    """
+    xp = backend.namespace(call.query)
+    inside = [array for array in (call.query, call.key, call.value) if array is not None]
+    counts = [
+        backend.full((*shape, 1), 0, call.query, xp.int64) for shape in (call.space, *(a.shape[:-1] for a in inside))
+    ]
+
+    def work(*tile: slice) -> tuple[slice, Array] | None:
+        keys = call.visible_keys(tile)
+        if keys is None:
+            return None
+        seen = xp.broadcast_to(visible(call, tile, keys), (*(s.stop - s.start for s in tile), keys.stop - keys.start))
+        return keys, xp.astype(seen, xp.int64)
+
+    def collect(tile: Tile, found: tuple[slice, Array] | None) -> None:
+        if found is not None:
+            keys, seen = found
+            for count in counts[:2]:
+                accumulate(count, tile, xp.sum(seen, axis=-1, keepdims=True))
+            for count in counts[2:]:
+                accumulate(count, (*tile[:-1], keys), xp.matrix_transpose(xp.sum(seen, axis=-2, keepdims=True)))
+
+    backend.run(work, call.tiles(2), call.query, collect)
+    shapes = [call.scores[:-1], *(tuple(array.shape[:-1]) for array in arrays)]
+    return [xp.reshape(count > 0, (*shape, 1)) for count, shape in zip(counts, shapes, strict=True)]
+
+
+def take(array: Array, at: Tile) -> Array:
+    """Return the part of an array at a tile; along dimensions of size 1, which broadcast, there is only one part."""
+    if isinstance(array, int):
+        return array
+    return array[(*(slice(None) if n == 1 else s for n, s in zip(array.shape, at, strict=False)), ...)]
+
+
+def accumulate(target: Array, at: Tile, part: Array) -> None:
+    """Add to `target` at a tile: the adjoint of `take`, which sums over what broadcasts."""
+    axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 < part.shape[d])
+    if axes:
+        part = backend.namespace(part).sum(part, axis=axes, keepdims=True)
+    target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part
+
+
+def by_heads(array: Array, space: tuple[int, ...]) -> Array:
+    """Return an array (..., Hq or Hkv or 1, ., .) as (..., Hkv, R, ., .), any of these 1, with all batch dimensions."""
+    shape = (*(1,) * (2 - array.ndim), *array.shape)
+    heads = shape[-3] if len(shape) > 2 else 1
+    split = (1, 1) if heads == 1 else (space[-3], heads // space[-3])
+    missing = (1,) * (len(space) - len(shape[:-3]) - 3)
+    return backend.namespace(array).reshape(array, (*missing, *shape[:-3], *split, *shape[-2:]))
+
+
+def as_given(gradient: Array | None, argument: Array | None) -> Array | None:
+    """Return a gradient, which has the dimensions that its argument has inside, in the shape of the argument."""
+    if gradient is None or argument is None:
+        return None
+    return backend.namespace(gradient).reshape(gradient, argument.shape)
+
+
+def _per_batch(array: Array, space: tuple[int, ...]) -> Array:
+    """Return integers for each batch entry as int64 (..., 1, 1, 1, 1)."""
+    xp = backend.namespace(array)
+    missing = (1,) * (len(space) - 3 - array.ndim)
+    if array.dtype == xp.uint64:
+        array = xp.clip(array, 0, 1 << 62)
+    return xp.astype(xp.reshape(array, (*missing, *array.shape, 1, 1, 1, 1)), xp.int64)
+
+
+def _shifted(offset: int | Array, by: int, space: tuple[int, ...], key: Array) -> int | Array:
+    """Return `offset + by`, bounded so that nothing overflows and no comparison with a key changes."""
+    if isinstance(offset, int):
+        return max(-space[-1], min(offset + by, int(key.shape[-2])))
+    far = 1 << 61
+    bounded = backend.namespace(offset).clip(_per_batch(offset, space), -far, far)
+    return bounded + max(-far, min(by, far))
+
+
+def transposed_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Array:
+    """Return `weights^T @ x` over visible pairs."""
+    transpose = backend.namespace(weights).matrix_transpose
+    return weighted_sum(call, transpose(weights), None if seen is None else transpose(seen), x)
+
+
+def weighted_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Array:
+    """Return `weights @ x` over visible pairs; the weights are 0 at hidden ones.
+
+    Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
+    """
+    if seen is None:
+        return weights @ x
+    if call.finite:
+        return weights @ _masked.laid_out(x) + 0.0
+    return _masked.matmul(weights, x, a_real=seen) + 0.0
