@@ -111,6 +111,11 @@ def prepare(
     options = (bias, mask, left, right, query_lengths, key_lengths)
     hides = any(option is not None for option in options)
 
+    smallest, largest = backend.float_range(query)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if softcap is not None and softcap > largest:  # no score comes near it
+        softcap = None
+
     def split(array: Array | None) -> Array | None:
         return None if array is None else by_heads(array, space)
 
@@ -125,8 +130,8 @@ def prepare(
         query_lengths=None if query_lengths is None else _per_batch(query_lengths, space),
         key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
         sink=None if sink is None else split(backend.namespace(sink).reshape(sink, (-1, 1, 1))),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        softcap=None if softcap is None else float(softcap),
+        scale=max(-largest, min(factor, largest)),
+        softcap=None if softcap is None else max(float(softcap), smallest),
         dropout_mask=split(dropout_mask),
         kept=1.0 - float(dropout_p),
         appended=appended,
@@ -202,7 +207,7 @@ def take(array: Array, at: Tile) -> Array:
 
 def accumulate(target: Array, at: Tile, part: Array) -> None:
     """Add to `target` at a tile: the adjoint of `take`, which sums over what broadcasts."""
-    axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 < part.shape[d])
+    axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 != part.shape[d])
     if axes:
         part = backend.namespace(part).sum(part, axis=axes, keepdims=True)
     target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part

@@ -420,9 +420,7 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     def work(*tile: slice) -> list[tuple[Tile, Array | None]]:
         keys = call.visible_keys(tile)
         if keys is None:  # there is the sink alone
-            alone = dlse is not None and call.sink is not None
-            dsink = _masked.select(take(call.sink, tile) != -math.inf, dlse[(*tile, ...)]) if alone else None
-            return [*[((), None)] * 4, (tile, dsink)]
+            return [*[((), None)] * 4, (tile, _sink_alone(call, dlse, tile))]
         dq, dk, dv, ds, dsink = _attend_backward(call, dout, dlse, tile, keys)
         columns, own = (*tile[:-1], keys), call.own_keys(keys)
         return [
@@ -441,6 +439,13 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
     backend.run(work, call.tiles(6), call.query, collect, result_bytes=held)
     return tuple(totals)
+
+
+def _sink_alone(call: Call, dlogsumexp: Array | None, tile: Tile) -> Array | None:
+    """Return the gradient of the sink where it is all that a query meets, and so is the logsumexp itself."""
+    if call.sink is None or dlogsumexp is None:
+        return None
+    return _masked.select(take(call.sink, tile) != -math.inf, dlogsumexp[(*tile, ...)])
 
 
 class _Softmax(NamedTuple):
@@ -475,18 +480,20 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     if call.sink is not None:
         sink = take(call.sink, tile)
         largest = xp.maximum(largest, sink)
-    if seen is not None:  # where there is nothing at all, any number will do
-        something = xp.any(seen, axis=-1, keepdims=True)
-        something = something if call.sink is None else something | (sink > -math.inf)
-        largest = xp.where(something, largest, 0.0)
+    if seen is not None:
+        sees = xp.any(seen, axis=-1, keepdims=True)
+        largest = xp.where(sees, largest, 0.0)
     p = xp.exp(s - largest)
     total = xp.sum(p, axis=-1, keepdims=True)
     if call.sink is not None:
         p_sink = xp.exp(sink - largest)
         total = total + p_sink
-        p_sink = _masked.select(sink != -math.inf, p_sink / total)
+        p_sink = p_sink / total
     p = _masked.select(seen, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
-    return _Softmax(p, p_sink, largest + xp.log(total), slope, seen)
+    logsumexp = largest + xp.log(total)
+    if seen is not None and call.sink is not None:  # a query that sees no key meets the sink alone
+        logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
+    return _Softmax(p, p_sink, logsumexp, slope, seen)
 
 
 def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
@@ -530,7 +537,7 @@ def _attend_backward(
     if dlogsumexp is not None:
         mean = mean - dlogsumexp[(*tile, ...)]
     dbias = _masked.select(seen, p * (dp - mean))
-    dsink = None if p_sink is None else -p_sink * mean
+    dsink = None if p_sink is None else _masked.select(take(call.sink, tile) != -math.inf, -p_sink * mean)
     ds = dbias if slope is None else _masked.select(seen, dbias * slope)
     dq = call.scale * weighted_sum(call, ds, seen, k)
     dk = call.scale * transposed_sum(call, ds, seen, q)

@@ -216,6 +216,15 @@ def itemsize(array: Array) -> int:
     return int(info(array.dtype).bits) // 8
 
 
+def float_range(array: Array) -> tuple[float, float]:
+    """Return the smallest normal and the largest number of the dtype of a floating array that is no half type.
+
+    A Python float beyond them becomes 0 or inf where it meets the array.
+    """
+    info = namespace(array).finfo(array.dtype)
+    return float(info.smallest_normal), float(info.max)
+
+
 def is_half(array: Array) -> bool:
     """Return whether the array is float16 or bfloat16 (which is ml_dtypes' and has no name in the namespaces)."""
     return str(array.dtype) in ("float16", "bfloat16")
@@ -240,9 +249,11 @@ def widened(*trees: Any) -> tuple[Any, ...]:
     """Return arrays (mappings of them, None) with those of a half type as float32, in which an op computes."""
 
     def widen(array: Array) -> Array:
-        xp, _, context = _placement(array)
-        with context:
-            return xp.astype(array, xp.float32) if is_half(array) else array
+        if not is_half(array):
+            return array
+        with quiet(array):
+            xp = namespace(array)
+            return xp.astype(array, xp.float32)
 
     return tuple(_each_array(widen, tree) for tree in trees)
 
@@ -251,8 +262,8 @@ def rounded(tree: T, like: Array) -> T:
     """Return results, computed from `widened` arguments, in the dtype of `like`: the one rounding of a half type."""
     if not is_half(like):
         return tree
-    xp, _, context = _placement(like)
-    with context, np.errstate(all="ignore"):  # beyond the largest number of a half type lies inf
+    xp = namespace(like)
+    with quiet(like):  # beyond the largest number of a half type lies inf
         return cast(T, _each_array(lambda array: xp.astype(array, like.dtype), tree))
 
 
@@ -279,9 +290,15 @@ def all_finite(array: Array) -> bool:
 
     One pass: NaN and inf survive every sum. A sum that overflows is taken for an inf: callers lose time, not accuracy.
     """
-    xp, _, context = _placement(array)
-    with context, np.errstate(all="ignore"):
-        return math.isfinite(float(xp.sum(array)))
+    with quiet(array):
+        return math.isfinite(float(namespace(array).sum(array)))
+
+
+@contextlib.contextmanager
+def quiet(like: Array) -> Iterator[None]:
+    """Compute beside `like` and without floating-point warnings, as `run` does, what is no work for tiles."""
+    with _placement(like)[2], np.errstate(all="ignore"):
+        yield
 
 
 def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:

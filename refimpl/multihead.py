@@ -152,7 +152,8 @@ def multi_head_attention(
         return out
     weights, _ = weigh(call)
     if average_weights:
-        weights = backend.namespace(weights).mean(weights, axis=-3)
+        with backend.quiet(weights):
+            weights = backend.namespace(weights).mean(weights, axis=-3)
     return out, backend.rounded(weights, like=query)
 
 

@@ -303,6 +303,7 @@ def lp_pool(
     p = _checks.norm_type("lp_pool", norm_type)
     windows = _checks.pool("lp_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
     (wide,) = backend.widened(x)
+    p = _exponent(p, wide)
     out = backend.full(_pooling.pooled_shape(wide, windows), 0, wide)
 
     def work(*tile: slice) -> None:
@@ -361,6 +362,7 @@ def lp_pool_backward(
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
     xp = backend.namespace(x)
     dout, wide = backend.widened(dout, x)
+    p = _exponent(p, wide)
     dx = backend.full(tuple(wide.shape), 0, wide)
 
     def work(*tile: slice) -> tuple[Array, Array]:
@@ -372,11 +374,20 @@ def lp_pool_backward(
         for _, reads, writes in taps(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
             unit, norm = (array[place] for array in found)  # the norm in the unit
-            share = xp.sign(part) * (xp.abs(part) / unit / norm) ** (p - 1) * dout[tile][place]
-            dx[(*lead, *reads)] += xp.where(part != 0, share, 0.0)
+            if p < 1:  # a quotient that vanishes would be an inf here, and powers of numbers below 1 are none
+                slope = xp.abs(part) ** (p - 1) * (unit * norm) ** (1 - p)
+            else:
+                slope = (xp.abs(part) / unit / norm) ** (p - 1)
+            dx[(*lead, *reads)] += xp.where(part != 0, xp.sign(part) * slope * dout[tile][place], 0.0)
 
     backend.run(work, _pooling.tiles_of(wide, windows), wide, collect)
     return backend.rounded(dx, like=x)
+
+
+def _exponent(p: float, x: Array) -> float:
+    """Return an exponent that is a number of the dtype of `x`, as its inverse is: beyond these it changes no norm."""
+    smallest, _ = backend.float_range(x)
+    return max(smallest, min(p, 1 / smallest))
 
 
 def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Array]:

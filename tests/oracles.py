@@ -84,6 +84,7 @@ def _terms(sizes, weight_shape, groups, stride, padding, dilation, padding_mode)
                         yield (j, *o), (group * in_group + i, *s), (j, i, *k)
 
 
+@np.errstate(all="ignore")
 def conv(dout, x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"):
     """Return `(out, dx, dweight, dbias)`; `dout=None` gives the first alone."""
     batched = x.ndim == weight.ndim
@@ -107,6 +108,7 @@ def conv(dout, x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=
     return out, dx, dweight, dbias
 
 
+@np.errstate(all="ignore")
 def conv_transpose(
     dout, x, weight, bias=None, *, stride=1, padding=0, output_padding=0, output_size=None, dilation=1, groups=1
 ):
@@ -187,6 +189,7 @@ def max_pool(dout, x, kernel_size, *, stride=None, padding=0, dilation=1, ceil_m
     return out, indices, dx
 
 
+@np.errstate(all="ignore")
 def avg_pool(
     dout, x, kernel_size, *, stride=None, padding=0, dilation=1, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
@@ -243,6 +246,7 @@ def _adaptive_windows(x, output_size):
     return lead, outs, windows
 
 
+@np.errstate(all="ignore")
 def adaptive_avg_pool(dout, x, output_size):
     """Return `(out, dx)`."""
     lead, outs, windows = _adaptive_windows(x, output_size)
@@ -355,6 +359,7 @@ class Attention(NamedTuple):
     dsink: Any
 
 
+@np.errstate(all="ignore")
 def attention(query, key, value=None, *, dout=None, dlogsumexp=None, dweights=None, **options):
     """Return an `Attention`, computed one row at a time, over the keys that the row sees and no others."""
     if value is None:  # attention_weights
@@ -385,9 +390,12 @@ def attention(query, key, value=None, *, dout=None, dlogsumexp=None, dweights=No
         raw = [scale * float(np.sum(q[row] * k[at])) for at in place]
         bent = [r if cap is None else cap * math.tanh(r / cap) for r in raw]
         logits = [s + float(biases[pair]) for s, pair in zip(bent, seen, strict=True)]
-        if sink is not None and sink[head] != -math.inf:
+        sinks = sink is not None and sink[head] != -math.inf
+        if sinks:
             logits.append(float(sink[head]))
-        if not logits:
+        if not seen:
+            logsumexp[row] = sink[head] if sinks else -math.inf
+            dsink[head] += dlogs[row] if sinks else 0.0
             continue
         top = float(np.max(logits))
         total = sum(math.exp(logit - top) for logit in logits)
@@ -429,6 +437,7 @@ def any_to(array, shape):
     return np.any(array, axis=_broadcast_axes(array, shape)).reshape(shape)
 
 
+@np.errstate(all="ignore")
 def multi_head_attention(
     query, key, value, params=None, *, num_heads, num_kv_heads=None, need_weights=False, average_weights=True,
     add_zero_attn=False, **options,
@@ -475,6 +484,7 @@ def multi_head_attention(
     return out
 
 
+@np.errstate(all="ignore")
 def merge_attention(outs, logsumexps):
     """Return `(out, logsumexp)`, one row at a time, over the parts that saw a key."""
     out, logsumexp = np.zeros(outs.shape[1:]), np.full(logsumexps.shape[1:], -math.inf)

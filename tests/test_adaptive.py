@@ -3,9 +3,9 @@
 import numpy as np
 import oracles
 import pytest
-from cases import normal, ramp
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from samples import normal, ramp
 
 import refimpl
 from refimpl import (

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import normal
 
 import refimpl
 from refimpl import attention_weights, attention_weights_backward
@@ -34,9 +34,11 @@ def assert_same_bits(actual, expected):
         assert a is None or a.tobytes() == b.tobytes()
 
 
-@given(case=strategies.scaled_dot_product_attention(), alone=st.booleans())
-def test_agrees_with_loops(case, alone):
-    """Forward and backward; `dlogsumexp` stands on its own, too."""
+@pytest.mark.parametrize("values", ["normal", "nonfinite"])
+@given(data=st.data(), alone=st.booleans())
+def test_agrees_with_loops(values, data, alone):
+    """Forward and backward; `dlogsumexp` stands on its own, too. NaN and inf reach just what depends on them."""
+    case = data.draw(strategies.scaled_dot_product_attention(values=values))
     arrays, options, *_ = case
     out, logsumexp = attention(*arrays, **options, return_logsumexp=True)
     dout, dlogsumexp = np.zeros(out.shape) if alone else normal(*out.shape), normal(*logsumexp.shape, seed=1)
@@ -45,8 +47,10 @@ def test_agrees_with_loops(case, alone):
     assert_close((out, logsumexp, *grads), (*expected[:2], *expected[3:]))
 
 
-@given(case=strategies.attention_weights(), with_logsumexp=st.booleans())
-def test_weights_agree_with_loops(backend, case, with_logsumexp):
+@pytest.mark.parametrize("values", ["normal", "nonfinite"])
+@given(data=st.data(), with_logsumexp=st.booleans())
+def test_weights_agree_with_loops(backend, values, data, with_logsumexp):
+    case = data.draw(strategies.attention_weights(values=values))
     arrays, options = backend.arrays(case[:2])
     weights, logsumexp = attention_weights(*arrays, **options, return_logsumexp=True)
     assert backend.owns(weights)
@@ -264,7 +268,7 @@ def test_scores_of_any_size_do_not_overflow():
 
 def test_the_gradient_where_tiles_cut_rows_and_heads():
     arrays = (normal(2, 4, 6, 3), normal(1, 2, 7, 3, seed=1), normal(2, 2, 7, 2, seed=2))
-    for tile_bytes in (1, 400, 2000):
+    for tile_bytes in (400, 2000):
         with refimpl.backend.limits(tile_bytes=tile_bytes):
             check_gradients(attention, attention_backward, *arrays, bias=normal(4, 1, 7), is_causal=True)
 
@@ -357,13 +361,15 @@ def test_a_sink_is_a_key_without_a_value():
     np.testing.assert_allclose(grads.dsink, expected.dbias[..., 5].sum(axis=-1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("keys", [0, 5], ids=["no key", "hidden keys"])
-def test_a_query_that_sees_the_sink_alone(backend, keys):
+@pytest.mark.parametrize("value", [0.5, np.inf, np.nan])
+@pytest.mark.parametrize("hides", ["no key", "mask", "band"])
+def test_a_query_that_sees_the_sink_alone(backend, hides, value):
     """Its output is 0 and its logsumexp the sink, which takes all of `dlogsumexp` and nothing of `dout`."""
-    query, key, values, sink = normal(2, 3, 4), normal(2, keys, 4), normal(2, keys, 2), normal(2)
+    keys = 0 if hides == "no key" else 5
+    query, key, values, sink = normal(2, 3, 4), normal(2, keys, 4), normal(2, keys, 2), np.array([value, 2.0])
     dout, dlogsumexp = np.full((2, 3, 2), np.nan), normal(2, 3, seed=1)
-    options = backend.arrays({"mask": np.zeros((3, keys), dtype=bool), "sink": sink})
-    arrays = backend.arrays((query, key, values))
+    options = {"is_causal": True, "query_offset": -3} if hides == "band" else {"mask": np.zeros((3, keys), dtype=bool)}
+    arrays, options = backend.arrays(((query, key, values), options | {"sink": sink}))
     out, logsumexp = numbers(*attention(*arrays, **options, return_logsumexp=True))
     np.testing.assert_array_equal(out, np.zeros((2, 3, 2)))
     np.testing.assert_array_equal(logsumexp, np.broadcast_to(sink[:, None], (2, 3)))
@@ -388,7 +394,8 @@ def test_a_sink_of_minus_infinity_is_none(band):
         expected = attention(query, key, values, **options, return_logsumexp=True)
         assert_close(attention(query, key, values, **options, sink=sink, return_logsumexp=True), expected)
         grads = attention_backward(dout, query, key, values, **options, sink=sink, dlogsumexp=dlogsumexp)
-        assert_close(grads[:3], attention_backward(dout, query, key, values, **options, dlogsumexp=dlogsumexp)[:3])
+        expected = attention_backward(dout, query, key, values, **options, dlogsumexp=dlogsumexp)
+    assert_close(grads[:3], expected[:3])
     np.testing.assert_array_equal(grads.dsink, [0.0, 0.0])
 
 
@@ -490,3 +497,17 @@ def test_a_visible_nan_reaches_the_weights_of_its_rows():
     grads = attention_weights_backward(dweights, query, key, is_causal=True, query_offset=1)
     np.testing.assert_array_equal(np.isnan(grads.dquery).any(axis=1), [False, True, True, True])
     assert np.isnan(grads.dkey).all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_numbers_beyond_the_dtype_mean_what_they_say(dtype):
+    """A softcap that no score comes near is none; one below all numbers, and a huge scale of 0, leave no score."""
+    query, key, values = (normal(*shape).astype(dtype) for shape in ((2, 3), (4, 3), (4, 2)))
+    plain, mean = attention(query, key, values), attention(0 * query, key, values)
+    np.testing.assert_allclose(attention(query, key, values, softcap=1e50), plain, rtol=1e-3)
+    np.testing.assert_array_equal(attention(query, key, values, softcap=1e-320), mean)
+    np.testing.assert_array_equal(attention(0 * query, key, values, scale=1e50), mean)
+    dout = normal(2, 2).astype(dtype)
+    capped = attention_backward(dout, query, key, values, softcap=1e50)
+    for actual, expected in zip(capped[:3], attention_backward(dout, query, key, values)[:3], strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)

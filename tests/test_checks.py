@@ -499,3 +499,11 @@ def test_an_error_comes_before_any_work():
         refimpl.conv(vast, np.ones((1, 1, 1)), np.ones(2))
     with pytest.raises(ValueError, match="scaled_dot_product_attention: mask must broadcast"):
         refimpl.scaled_dot_product_attention(vast, vast, vast, mask=np.ones((2, 2, 2), dtype=bool))
+
+
+def test_padding_that_cannot_be_filled():
+    x, weight = np.ones((1, 1, 2, 2)), np.ones((1, 1, 1, 1))
+    options = {"padding": 1 << 33, "stride": 1 << 33}
+    assert refimpl.conv(x, weight, **options).shape == (1, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"^conv: padding must fill x up to at most \d+ elements with padding_mode="):
+        refimpl.conv(x, weight, **options, padding_mode="replicate")

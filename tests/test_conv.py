@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from cases import ramp
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from samples import normal, ramp
 
 import refimpl
 from refimpl import conv, conv_backward, conv_transpose, conv_transpose_backward
@@ -26,6 +26,18 @@ def test_agrees_with_loops(op, data):
     expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
     for actual, reference in zip((out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True):
         np.testing.assert_array_equal(actual, reference)
+
+
+@pytest.mark.parametrize("op", ["conv", "conv_transpose"])
+@given(data=st.data())
+def test_what_is_not_finite_agrees_with_loops(op, data):
+    case = data.draw(strategies.EVERY_OP[op](values="nonfinite"))
+    out = case.f(*case.arrays, **case.options)
+    dout = normal(*out.shape)
+    expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
+    for actual, reference in zip((out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True):
+        if reference is not None:
+            np.testing.assert_allclose(actual, reference, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
@@ -257,6 +269,23 @@ def test_replicated_padding_has_no_limit_and_reflection_needs_a_second_pixel():
     for padding, kernel in ((1, 1), ("same", 3)):
         with pytest.raises(ValueError, match=r"^conv: .+ must .*; got "):
             conv(x, np.ones((1, 1, kernel)), padding=padding, padding_mode="reflect")
+
+
+@each_mode
+@pytest.mark.parametrize(("inner", "outer"), [(np.inf, -np.inf), (1.7e308, 1.7e308), (np.nan, np.inf)])
+def test_folding_padding_back_makes_no_warning(mode, inner, outer):
+    """Where inf meets -inf, or a sum exceeds the largest number."""
+    x, weight, dout = (
+        np.ones((1, 1, 3)),
+        np.ones((1, 1, 1)),
+        np.array([[[outer, outer, inner, inner, inner, outer, outer]]]),
+    )
+    padding = 1 if mode == "reflect" else 2
+    dout = dout[..., 2 - padding : 5 + padding]
+    expected = oracles.conv(dout, x, weight, padding=padding, padding_mode=mode)[1]
+    assert not np.isfinite(expected).all()
+    dx = conv_backward(dout, x, weight, padding=padding, padding_mode=mode).dx
+    np.testing.assert_array_equal(dx, expected)
 
 
 @each_mode

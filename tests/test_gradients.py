@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from cases import normal
+from samples import normal
 
 import refimpl
 from refimpl import conv, conv_backward

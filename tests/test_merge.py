@@ -3,8 +3,9 @@
 import numpy as np
 import oracles
 import pytest
-from cases import normal
 from hypothesis import given
+from hypothesis import strategies as st
+from samples import normal
 
 import refimpl
 from refimpl import merge_attention, merge_attention_backward
@@ -63,8 +64,10 @@ def test_merged_parts_are_the_whole(split, sink):
         np.testing.assert_allclose(grads[0].dsink, expected.dsink, rtol=1e-10, atol=1e-13)
 
 
-@given(case=strategies.merge_attention())
-def test_agrees_with_loops(backend, case):
+@pytest.mark.parametrize("values", ["normal", "nonfinite"])
+@given(data=st.data())
+def test_agrees_with_loops(backend, values, data):
+    case = data.draw(strategies.merge_attention(values=values))
     results = merge_attention(*backend.arrays(case.arrays))
     for actual, expected in zip(results, oracles.merge_attention(*case.arrays), strict=True):
         assert backend.owns(actual)

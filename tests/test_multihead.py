@@ -5,9 +5,9 @@ import math
 import numpy as np
 import oracles
 import pytest
-from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import normal
 
 import refimpl
 from refimpl import multi_head_attention, multi_head_attention_backward, scaled_dot_product_attention

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import oracles
 import pytest
-from cases import normal, ramp
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from samples import normal, ramp
 
 import refimpl
 from refimpl import avg_pool, avg_pool_backward, lp_pool, lp_pool_backward, max_pool, max_pool_backward
@@ -47,6 +47,18 @@ def test_avg_pool_agrees_with_loops(case):
     np.testing.assert_allclose(out, expected_out, rtol=1e-13, atol=1e-13)
     dx = avg_pool_backward(dout, *case.arrays, **case.options)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("op", ["max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "max_unpool"])
+@given(data=st.data())
+def test_what_is_not_finite_agrees_with_loops(op, data):
+    case = data.draw(strategies.EVERY_OP[op](values="nonfinite"))
+    out = case.f(*case.arrays, **case.options)
+    dout = normal(*out.shape)
+    expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-12, atol=1e-13)
+    dx = case.f_backward(dout, *case.arrays, **case.options)
+    np.testing.assert_allclose(dx, expected[-1], rtol=1e-12, atol=1e-13)
 
 
 @given(case=strategies.avg_pool(values="integers"))
@@ -216,3 +228,22 @@ def test_pooling_an_empty_batch(function):
     assert out.shape == (0, 3, 3)
     backward = getattr(refimpl, f"{function.__name__}_backward")
     assert backward(out, np.ones((0, 3, 5)), *arguments, 2, padding=1).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("p", [1e-50, 1e50])
+def test_exponents_beyond_the_dtype(dtype, p):
+    """Of a single element other than 0 the norm is its size, whatever the exponent."""
+    x = np.array([[0.0, 0.0, -3.0, 0.0]], dtype=dtype)
+    np.testing.assert_array_equal(refimpl.lp_pool(x, p, (2,)), [[0.0, 3.0]])
+    np.testing.assert_array_equal(
+        refimpl.lp_pool_backward(np.ones((1, 2), dtype=dtype), x, p, (2,)), [[0.0, 0.0, -1.0, 0.0]]
+    )
+
+
+def test_a_tiny_element_beside_a_huge_one():
+    """For p below 1 the gradient of the tiny one is huge, but no inf: (1e152 / 5e-324) ** 0.5."""
+    x = np.array([[5e-324, 1e152]])
+    dx = refimpl.lp_pool_backward(np.array([[1.0]]), x, 0.5, (2,))
+    np.testing.assert_allclose(dx, [[(1e152**0.5) / (5e-324**0.5), 1.0]], rtol=1e-12)
+    np.testing.assert_array_equal(refimpl.lp_pool_backward(np.array([[0.0]]), x, 0.5, (2,)), [[0.0, 0.0]])

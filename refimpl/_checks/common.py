@@ -11,6 +11,7 @@ from typing import NoReturn
 from .. import backend
 from ..backend import Array
 
+MOST = sys.maxsize // 8  # elements of an array, whose bytes must have addresses
 LARGEST = 1 << 40  # of a size, stride, dilation or padding: its products with another fit into 64 bits
 
 
@@ -107,8 +108,8 @@ def logsumexp(function: str, name: str, array: Array | None, like: Array, shape:
 
 def result(function: str, arrays: Mapping[str, Array], shape: tuple[int, ...]) -> None:
     """Check that a result of this shape can be addressed, and that `dout`, in a backward, has it."""
-    if math.prod(max(1, size) for size in shape) > sys.maxsize // 8:
-        fail(ValueError, function, "the result", f"have at most {sys.maxsize // 8} elements", f"shape {shape}")
+    if math.prod(max(1, size) for size in shape) > MOST:
+        fail(ValueError, function, "the result", f"have at most {MOST} elements", f"shape {shape}")
     if "dout" in arrays:
         gradient(function, arrays["dout"], shape)
 

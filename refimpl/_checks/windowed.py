@@ -19,6 +19,7 @@ from .._geometry import (
 from ..backend import Array
 from .common import (
     LARGEST,
+    MOST,
     fail,
     flag,
     floating,
@@ -103,13 +104,13 @@ def conv(
         for d in range(spatial)
     )
     _fits(function, x, "weight", windows)
-    _padding_mode(function, padding_mode, windows)
+    _padding_mode(function, padding_mode, x, windows)
     result(function, arrays, (*x.shape[:axis], weight.shape[0], *(w.out for w in windows)))
     return windows, groups
 
 
-def _padding_mode(function: str, mode: object, windows: tuple[Window, ...]) -> None:
-    """Check a name, and that the elements suffice to fill the padding as it says."""
+def _padding_mode(function: str, mode: object, x: Array, windows: tuple[Window, ...]) -> None:
+    """Check a name, that the elements suffice to fill the padding as it says, and that both can be addressed."""
     if not isinstance(mode, str):
         fail(TypeError, function, "padding_mode", "be a string", show(mode))
     if mode not in PADDING_MODES:
@@ -119,6 +120,10 @@ def _padding_mode(function: str, mode: object, windows: tuple[Window, ...]) -> N
         if max(window.low, window.high) > limit:
             rule = f"be at most {limit} in spatial dimension {d} of size {window.size} with padding_mode={mode!r}"
             fail(ValueError, function, "padding", rule, f"{window.low} and {window.high}")
+    filled = (*x.shape[: x.ndim - len(windows)], *(w.low + w.size + w.high for w in windows))
+    if mode != "zeros" and math.prod(filled) > MOST:
+        rule = f"fill x up to at most {MOST} elements with padding_mode={mode!r}"
+        fail(ValueError, function, "padding", rule, f"shape {filled}")
 
 
 def conv_transpose(

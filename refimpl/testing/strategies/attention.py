@@ -1,0 +1,398 @@
+"""Attention, in one piece, in heads with projections, and merged from parts.
+
+H heads (Hq of the queries, Hkv of keys and values), L length, E features of a head.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from .values import Array, Case, Limits, Source, among, fail, ints, limits_of, shapes, some
+
+Strategy = st.SearchStrategy[Case]
+Ints = Iterable[int]
+Shape = tuple[int, ...]
+
+_LENGTHS = (1, 2, 3, 4, 5, 6, 0)
+_HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (3, 3), (3, 1))
+_BATCHES = ((), (1,), (2,), (3,), (2, 3), (1, 2), (0,), (2, 0))
+_HIDING = ("bias", "mask", "is_causal", "window", "query_offset", "query_lengths", "key_lengths")
+_SCORES = ("sink", "scale", "softcap")
+_DROPOUT = ("dropout_mask", "dropout_p")
+
+
+def scaled_dot_product_attention(
+    *,
+    lengths: Ints = _LENGTHS,
+    features: Ints = (1, 2, 3),
+    value_features: Ints = (1, 2, 3, 4, 0),
+    heads: Iterable[tuple[int, int]] = _HEADS,
+    batches: Iterable[Shape | None] = (*_BATCHES, None),
+    broadcast: bool = True,
+    dtypes: Iterable[str] = ("float64",),
+    options: Iterable[str] | None = None,
+    values: str = "normal",
+    layouts: Iterable[str] = ("contiguous",),
+) -> Strategy:
+    """Draw calls of `scaled_dot_product_attention`; the arrays are `(query, key, value)`.
+
+    Parameters
+    ----------
+    lengths : ints
+        How many queries, and how many keys.
+    features, value_features : ints
+        E and Ev.
+    heads : pairs of ints
+        Hq and Hkv: `((1, 1), (8, 8))` is for a kernel without grouped heads.
+    batches : tuples of ints, or None
+        Shapes of what comes before the heads; None is arrays of two dimensions, without heads.
+    broadcast : bool
+        Whether an array may have 1 for a size, or leave dimensions out, and broadcast to the others.
+    dtypes, layouts
+        As for `conv`.
+    options : names, optional
+        All of the op but `return_logsumexp`: `bias`, `mask`, `is_causal`, `window`, `query_offset`, `query_lengths`,
+        `key_lengths`, `sink`, `scale`, `softcap`, `dropout_mask` and `dropout_p` (which comes with a `dropout_mask`).
+    values : str
+        As for `conv`. A bias may hold -inf with any of them.
+
+    Returns
+    -------
+    SearchStrategy of Case
+        Up to six options at once; queries that see no key are common.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is empty or names what there is not.
+    """
+    op = "scaled_dot_product_attention"
+    checked = limits_of(op, (*_HIDING, *_SCORES, *_DROPOUT), dtypes, options, values, layouts, factors=3)
+    sizes = (ints(op, "lengths", lengths, 0), ints(op, "features", features))
+    ev = ints(op, "value_features", value_features, 0)
+    return _attention(checked, *sizes, ev, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
+
+
+def attention_weights(
+    *,
+    lengths: Ints = _LENGTHS,
+    features: Ints = (1, 2, 3),
+    heads: Iterable[tuple[int, int]] = _HEADS,
+    batches: Iterable[Shape | None] = (*_BATCHES, None),
+    broadcast: bool = True,
+    dtypes: Iterable[str] = ("float64",),
+    options: Iterable[str] | None = None,
+    values: str = "normal",
+    layouts: Iterable[str] = ("contiguous",),
+) -> Strategy:
+    """Draw calls of `attention_weights`; the arrays are `(query, key)`.
+
+    Parameters
+    ----------
+    lengths, features, heads, batches, broadcast, dtypes, values, layouts
+        As for `scaled_dot_product_attention`.
+    options : names, optional
+        Those of `scaled_dot_product_attention`, without dropout.
+
+    Returns
+    -------
+    SearchStrategy of Case
+        As for `scaled_dot_product_attention`.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is empty or names what there is not.
+    """
+    op = "attention_weights"
+    checked = limits_of(op, (*_HIDING, *_SCORES), dtypes, options, values, layouts, factors=3)
+    sizes = (ints(op, "lengths", lengths, 0), ints(op, "features", features))
+    return _attention(checked, *sizes, None, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
+
+
+@st.composite
+def _attention(
+    draw: st.DrawFn,
+    limits: Limits,
+    lengths: tuple[int, ...],
+    features: tuple[int, ...],
+    value_features: tuple[int, ...] | None,
+    heads: tuple[tuple[int, int], ...],
+    batches: tuple[Shape | None, ...],
+    broadcast: bool,
+) -> Case:
+    """Draw attention, or without value features its weights."""
+    source = Source(draw, limits)
+    rows, keys, batch = source.size(lengths), source.size(lengths), source.size(batches)
+    e = source.pick(features)
+    widths = [e, e] if value_features is None else [e, e, source.size(value_features)]
+    count = len(widths)
+    hq, hkv = (1, 1) if batch is None else source.pick(heads)
+    if batch is None:
+        shapes: list[Shape] = [(rows,), *[(keys,)] * (count - 1)]
+        scores: Shape = (rows, keys)
+    else:
+        leading = _leading(source, batch, count, broadcast)
+        shapes = [(*lead, *end) for lead, end in zip(leading, [(hq, rows), *[(hkv, keys)] * (count - 1)], strict=True)]
+        scores = (*batch, hq, rows, keys)
+    arrays = tuple(source.array(*shape, width) for shape, width in zip(shapes, widths, strict=True))
+    return source.case(arrays, _options(source, scores, batch or (), hq, broadcast))
+
+
+def multi_head_attention(
+    *,
+    lengths: Ints = _LENGTHS,
+    features: Ints = (1, 2, 3),
+    heads: Iterable[tuple[int, int]] = _HEADS,
+    batches: Iterable[Shape] = _BATCHES,
+    broadcast: bool = True,
+    projections: Iterable[str] = ("none", "packed", "separate"),
+    dtypes: Iterable[str] = ("float64",),
+    options: Iterable[str] | None = None,
+    values: str = "normal",
+    layouts: Iterable[str] = ("contiguous",),
+) -> Strategy:
+    """Draw calls of `multi_head_attention`; the arrays are `(query, key, value, params)`.
+
+    Parameters
+    ----------
+    lengths, broadcast, dtypes, values, layouts
+        As for `scaled_dot_product_attention`.
+    features : ints
+        Features of a head; with separate projections, also those of query, key, value and output.
+    heads : pairs of ints
+        `num_heads` and `num_kv_heads`; these are equal where `num_kv_heads` is not among the options or projections
+        are packed.
+    batches : tuples of ints
+        Shapes of what comes before the length.
+    projections : names
+        `"none"` (`params` is None), `"packed"` (`in_proj_weight`) and `"separate"` (`q_proj_weight` and so on).
+    options : names, optional
+        Those of `scaled_dot_product_attention`, `num_kv_heads` and `add_zero_attn`, and the parts of `params` that may
+        be missing: `in_proj_bias`, `bias_k` (which comes with `bias_v`) and `out_proj.bias`.
+
+    Returns
+    -------
+    SearchStrategy of Case
+        `num_heads` is always among the options.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is empty or names what there is not.
+    """
+    op = "multi_head_attention"
+    parts = ("in_proj_bias", "bias_k", "out_proj.bias")
+    known = (*_HIDING, *_SCORES, *_DROPOUT, "num_kv_heads", "add_zero_attn", *parts)
+    return _multi_head(
+        limits_of(op, known, dtypes, options, values, layouts, factors=6),
+        ints(op, "lengths", lengths, 0),
+        ints(op, "features", features),
+        _head_pairs(op, heads),
+        shapes(op, "batches", batches),
+        broadcast,
+        among(op, "projections", some(op, "projections", projections), ("none", "packed", "separate")),
+    )
+
+
+@st.composite
+def _multi_head(
+    draw: st.DrawFn,
+    limits: Limits,
+    lengths: tuple[int, ...],
+    features: tuple[int, ...],
+    heads: tuple[tuple[int, int], ...],
+    batches: tuple[Shape, ...],
+    broadcast: bool,
+    projections: tuple[str, ...],
+) -> Case:
+    source = Source(draw, limits)
+    rows, keys, batch = source.size(lengths), source.size(lengths), source.size(batches)
+    form = source.pick(projections)
+    hq, hkv = source.pick(heads)
+    if form == "packed" or "num_kv_heads" not in limits.options:
+        hkv = hq
+    e, ev = source.pick(features), source.pick(features)
+    inner = [hq * e, hkv * e, hkv * ev]
+    joined = hq * ev
+    if form == "packed":
+        inner, joined = [hq * e] * 3, hq * e
+    widths = [source.pick(features) for _ in range(3)] if form == "separate" else inner
+    params = None if form == "none" else _parameters(source, form, widths, inner, joined, features)
+    options: dict[str, Any] = {"num_heads": hq}
+    if hkv != hq or source.has("num_kv_heads", 2):
+        options["num_kv_heads"] = hkv
+    appended = int(params is not None and "bias_k" in params)
+    if source.has("add_zero_attn", 2):
+        options["add_zero_attn"] = not source.rarely()
+        appended += options["add_zero_attn"]
+    shapes = zip(_leading(source, batch, 3, broadcast), (rows, keys, keys), widths, strict=True)
+    arrays = tuple(source.array(*lead, length, width) for lead, length, width in shapes)
+    options |= _options(source, (*batch, hq, rows, keys), batch, hq, broadcast, appended)
+    return source.case((*arrays, params), options)
+
+
+def _parameters(
+    source: Source, form: str, widths: list[int], inner: list[int], joined: int, features: tuple[int, ...]
+) -> dict[str, Array]:
+    """Draw projections of query, key and value from `widths` to `inner` features, and of `joined` heads."""
+    out = joined if form == "packed" else source.pick(features)
+    shapes: dict[str, Shape] = {"in_proj_weight": (sum(inner), widths[0])}
+    if form == "separate":
+        shapes = {f"{n}_proj_weight": (d, e) for n, d, e in zip("qkv", inner, widths, strict=True)}
+    if source.has("in_proj_bias", 2):
+        shapes["in_proj_bias"] = (sum(inner),)
+    if source.has("bias_k", 2):
+        shapes |= {"bias_k": (1, 1, inner[1]), "bias_v": (1, 1, inner[2])}
+    shapes["out_proj.weight"] = (out, joined)
+    if source.has("out_proj.bias", 2):
+        shapes["out_proj.bias"] = (out,)
+    return {name: source.array(*shape) for name, shape in shapes.items()}
+
+
+def merge_attention(
+    *,
+    parts: Ints = (1, 2, 3, 4, 0),
+    lengths: Ints = (1, 2, 3, 4, 0),
+    features: Ints = (1, 2, 3, 0),
+    batches: Iterable[Shape] = ((), (1,), (2,), (2, 3), (0,)),
+    dtypes: Iterable[str] = ("float64",),
+    values: str = "normal",
+    layouts: Iterable[str] = ("contiguous",),
+) -> Strategy:
+    """Draw calls of `merge_attention`; the arrays are `(outs, logsumexps)`.
+
+    Parameters
+    ----------
+    parts : ints
+        How many parts are merged.
+    lengths, features : ints
+        L and Ev.
+    batches : tuples of ints
+        Shapes of what comes before the length, heads included.
+    dtypes
+        As for `conv`; with half types the logsumexps are float32.
+    values, layouts
+        As for `conv`. Some logsumexps are -inf with any of them: parts without keys.
+
+    Returns
+    -------
+    SearchStrategy of Case
+
+    Raises
+    ------
+    ValueError
+        If a parameter is empty or names what there is not.
+    """
+    op = "merge_attention"
+    return _merge(
+        limits_of(op, (), dtypes, None, values, layouts),
+        ints(op, "parts", parts, 0),
+        ints(op, "lengths", lengths, 0),
+        ints(op, "features", features, 0),
+        shapes(op, "batches", batches),
+    )
+
+
+@st.composite
+def _merge(
+    draw: st.DrawFn,
+    limits: Limits,
+    parts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    features: tuple[int, ...],
+    batches: tuple[Shape, ...],
+) -> Case:
+    source = Source(draw, limits)
+    shape = (source.size(parts), *source.size(batches), source.size(lengths))
+    outs = source.array(*shape, source.size(features))
+    logsumexps = source.contents(shape)
+    if source.flag():
+        logsumexps[source.rng().random(shape) < source.pick([0.3, 0.7])] = -np.inf
+    if outs.dtype.itemsize == 2:
+        logsumexps = logsumexps.astype(np.float32)
+    return source.case((outs, source.lay_out(logsumexps)), {})
+
+
+def _options(
+    source: Source, scores: Shape, batch: Shape, heads: int, broadcast: bool, appended: int = 0
+) -> dict[str, Any]:
+    """Draw the options that all kinds of attention share; `appended` keys lie beyond those of the scores."""
+    weights = (*scores[:-1], scores[-1] + appended)
+    sides = [0, None, 2]
+    draws: dict[str, Callable[[], Any]] = {
+        "bias": lambda: _bias(source, _reduced(source, scores, broadcast)),
+        "mask": lambda: _mask(source, _reduced(source, scores, broadcast), [0.9, 0.5, 0.0]),
+        "is_causal": lambda: not source.rarely(),
+        "window": lambda: source.sequence([source.pick(sides), source.pick(sides)]),
+        "query_offset": lambda: (
+            _integers(source, _reduced(source, batch, broadcast), -4, 4)
+            if source.flag()
+            else source.pick([0, 1, -1, 2, -2, 4, -4])
+        ),
+        "query_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-2]),
+        "key_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-1]),
+        "sink": lambda: source.array(heads),
+        "scale": lambda: source.pick([1, 0.25, -0.5, 0.0]),
+        "softcap": lambda: source.pick([1, 0.5, 30.0]),
+        "dropout_mask": lambda: _mask(source, _reduced(source, weights, broadcast), [0.7, 1.0, 0.0]),
+        "dropout_p": lambda: source.pick([0.25, 0.5, 0.0]),
+    }
+    masked = "dropout_mask" in source.limits.options
+    known = [name for name in draws if name in source.limits.options and (masked or name != "dropout_p")]
+    count = source.draw(st.integers(0, min(len(known), 6)))
+    names = source.draw(st.lists(st.sampled_from(known), unique=True, min_size=count, max_size=count)) if count else []
+    if "dropout_p" in names and "dropout_mask" not in names:
+        names.append("dropout_mask")
+    return {name: draws[name]() for name in draws if name in names}
+
+
+def _head_pairs(op: str, heads: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    result = some(op, "heads", heads)
+    for pair in result:
+        if len(pair) != 2 or min(pair) < 1 or pair[0] % pair[1]:
+            fail(op, "heads", "be pairs of ints, the first a multiple of the second", repr(pair))
+    return result
+
+
+def _batch_shapes(op: str, batches: Iterable[Shape | None]) -> tuple[Shape | None, ...]:
+    """Check shapes, or None for arrays without heads."""
+    result = some(op, "batches", batches)
+    if any(batch is not None for batch in result):
+        shapes(op, "batches", [batch for batch in result if batch is not None])
+    return result
+
+
+def _bias(source: Source, shape: Shape) -> Array:
+    """Draw a bias that may hide pairs."""
+    bias = source.contents(shape)
+    if not source.rarely(3):
+        bias[source.rng().random(shape) < 0.3] = -math.inf
+    return source.lay_out(bias)
+
+
+def _mask(source: Source, shape: Shape, densities: Sequence[float]) -> Array:
+    return source.lay_out(np.asarray(source.rng().random(shape) < source.pick(densities)))
+
+
+def _integers(source: Source, shape: Shape, low: int, high: int) -> Array:
+    """Draw an integer array, its bounds included."""
+    numbers = np.asarray(source.rng().integers(low, high + 1, size=shape))
+    return source.lay_out(numbers.astype(source.pick([np.int64, np.int32])))
+
+
+def _leading(source: Source, batch: Shape, count: int, broadcast: bool) -> list[Shape]:
+    """Draw the batch dimensions of so many arrays, of which one has all."""
+    full = source.pick(range(count))
+    return [batch if i == full else _reduced(source, batch, broadcast) for i in range(count)]
+
+
+def _reduced(source: Source, shape: Shape, broadcast: bool) -> Shape:
+    """Draw a shape that broadcasts to another."""
+    if not broadcast or not source.flag():
+        return shape
+    start = source.draw(st.integers(0, len(shape)))
+    return tuple(1 if source.flag() else n for n in shape[start:])

@@ -1,0 +1,127 @@
+"""The error bound explains rounding, of every op and of a plain loop, and nothing larger."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import normal
+
+import refimpl
+from refimpl.testing import assert_matches, error_bound, strategies
+
+DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", strategies.EVERY_OP)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_every_op_is_within_its_bound(op, dtype, data):
+    case = data.draw(strategies.EVERY_OP[op](dtypes=(dtype,)))
+    out = case.f(*case.arrays, **case.options)
+    assert_matches(out, case.f, *case.arrays, **case.options)
+    out = out[0] if isinstance(out, tuple) else out
+    dout = np.random.default_rng(0).normal(size=out.shape).astype(out.dtype)
+    grads = case.f_backward(dout, *case.arrays, **case.options)
+    assert_matches(grads, case.f_backward, dout, *case.arrays, **case.options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("error", [-0.02, 0.02])
+def test_an_error_of_two_percent_is_none_of_rounding(dtype, error):
+    x, weight = normal(1, 8, 6, 6).astype(DTYPES[dtype]), normal(4, 8, 3, 3).astype(DTYPES[dtype])
+    out = refimpl.conv(x, weight)
+    at = np.unravel_index(np.argmax(np.abs(out.astype(float))), out.shape)
+    out[at] *= 1 + error
+    place = ", ".join(str(int(i)) for i in at)
+    with pytest.raises(AssertionError, match=rf"the result is wrong in 1 of 64 elements; worst at \[{place}\]: "):
+        assert_matches(out, refimpl.conv, x, weight)
+
+
+def test_a_plain_loop_in_float32_is_within_the_bound():
+    """Terms of one sign added up one after the other: the error grows with their number."""
+    x, weight = np.abs(normal(1, 64, 9)).astype(np.float32), np.abs(normal(2, 64, 9)).astype(np.float32)
+    out = np.zeros((1, 2, 1), dtype=np.float32)
+    for channel in range(2):
+        for i, k in np.ndindex(64, 9):
+            out[0, channel, 0] += np.float32(x[0, i, k] * weight[channel, i, k])
+    assert_matches(out, refimpl.conv, x, weight)
+
+
+@pytest.mark.parametrize("terms", [1, 100, 10_000])
+def test_the_size_of_the_bound_of_a_sum(terms):
+    """Between the error of a good sum and the worst that theory allows a bad one, n u times the sum of sizes."""
+    x = normal(1, 1, terms)
+    sizes = np.abs(x).sum() / terms
+    bound = error_bound(refimpl.adaptive_avg_pool, x, 1, dtype="float32").item()
+    unit = 2.0**-24
+    assert np.sqrt(terms) * unit * sizes <= bound <= 30 * np.sqrt(terms) * unit * sizes
+
+
+def test_a_wrong_tie_is_none_of_rounding():
+    x, dout = np.ones((1, 1, 4), dtype=np.float32), np.array([[[2.0, 3.0]]], dtype=np.float32)
+    dx = refimpl.max_pool_backward(dout, x, 2)
+    assert_matches(dx, refimpl.max_pool_backward, dout, x, 2)
+    with pytest.raises(AssertionError, match="wrong in 4 of 4 elements"):
+        assert_matches(dx[..., ::-1], refimpl.max_pool_backward, dout[..., ::-1], x, 2)
+    _, indices = refimpl.max_pool(x, 2, return_indices=True)
+    with pytest.raises(AssertionError, match="result 1 is wrong in 2 of 2 elements"):
+        assert_matches((x[..., ::2], indices + 1), refimpl.max_pool, x, 2, return_indices=True)
+
+
+def test_what_is_not_finite_must_be_so_in_the_reference():
+    x = np.array([[[1.0, np.nan, np.inf, 2.0]]], dtype=np.float32)
+    assert_matches(refimpl.avg_pool(x, 1), refimpl.avg_pool, x, 1)
+    for place, value in ((0, np.nan), (1, 1.0), (2, np.nan), (2, -np.inf), (3, np.inf)):
+        wrong = x.copy()
+        wrong[..., place] = value
+        with pytest.raises(AssertionError, match=rf"worst at \[0, 0, {place}\]"):
+            assert_matches(wrong, refimpl.avg_pool, x, 1)
+
+
+def test_beyond_the_largest_number_lies_inf():
+    x, weight = np.full((1, 1, 2), 300, dtype=np.float16), np.full((1, 1, 2), 300, dtype=np.float16)
+    out = refimpl.conv(x, weight)
+    assert np.isinf(out).all()
+    assert_matches(out, refimpl.conv, x, weight)
+    with pytest.raises(AssertionError, match="wrong in 1 of 1"):
+        assert_matches(-out, refimpl.conv, x, weight)
+
+
+def test_every_result_is_compared(backend):
+    query, dout = normal(2, 3, 4).astype(np.float32), normal(2, 3, 4, seed=1).astype(np.float32)
+    f, f_backward = refimpl.scaled_dot_product_attention, refimpl.scaled_dot_product_attention_backward
+    arrays = backend.arrays((dout, query, query, query))
+    grads = f_backward(*arrays, is_causal=True)
+    assert_matches(grads, f_backward, *arrays, is_causal=True)
+    with pytest.raises(AssertionError, match="dkey is wrong"):
+        assert_matches(grads._replace(dkey=grads.dquery), f_backward, *arrays, is_causal=True)
+    with pytest.raises(AssertionError, match="must hold dquery, dkey, dvalue; got dquery, dvalue"):
+        assert_matches(grads._replace(dkey=None), f_backward, *arrays, is_causal=True)
+    out, logsumexp = f(*arrays[1:], return_logsumexp=True)
+    assert_matches((out, logsumexp), f, *arrays[1:], return_logsumexp=True)
+    assert_matches(out, f, *arrays[1:], return_logsumexp=True)
+    with pytest.raises(AssertionError, match="result 1 is wrong"):
+        assert_matches((out, logsumexp + 1e-3), f, *arrays[1:], return_logsumexp=True)
+    with pytest.raises(AssertionError, match=r"must have shape \(2, 3, 4\); got \(2, 3\)"):
+        assert_matches(logsumexp, f, *arrays[1:])
+
+
+@pytest.mark.parametrize("wrong", ["float8", np.int32, "complex128"])
+def test_dtypes_that_are_none_of_ours(wrong):
+    with pytest.raises(TypeError, match="error_bound: dtype must be 'float64'"):
+        error_bound(refimpl.avg_pool, normal(1, 1, 2), 2, dtype=wrong)
+
+
+def test_nothing_to_bound():
+    with pytest.raises(TypeError, match="error_bound: arrays must hold a floating array; got none"):
+        error_bound(refimpl.max_pool, np.ones((1, 1, 2), dtype=int), 2)
+
+
+def test_the_dtype_may_be_named_in_any_way():
+    x = normal(1, 1, 4)
+    named = [error_bound(refimpl.avg_pool, x, 2, dtype=d) for d in ("float16", np.float16, np.dtype("float16"))]
+    for bound in named:
+        np.testing.assert_array_equal(bound, named[0])
+    assert (error_bound(refimpl.avg_pool, x, 2, dtype=ml_dtypes.bfloat16) > named[0]).all()
