@@ -134,8 +134,8 @@ def scaled_dot_product_attention(
     ----------
     Vaswani et al., Attention is all you need, arXiv:1706.03762, equation 1. Shazeer, arXiv:1911.02150 and Ainslie et
     al., arXiv:2305.13245 for shared key heads; Gemma 2, arXiv:2408.00118, section 2 for the softcap; gpt-oss,
-    arXiv:2508.10925, for a learned sink. `torch.nn.functional.scaled_dot_product_attention` (PyTorch 2) agrees, but
-    for queries that see no key, some of whose kernels give NaN.
+    arXiv:2508.10925, for a learned sink. `torch.nn.functional.scaled_dot_product_attention` (PyTorch 2.13) agrees.
+    DIALECTS.md in the repository says which options give the answers of other libraries.
 
     Examples
     --------

@@ -24,8 +24,8 @@ DTYPES = [
 ]  # fmt: skip
 INTS = st.one_of(
     st.integers(-3, 12),
-    st.sampled_from([1000, -(2**31), 2**41, 2**63, -(2**63), 2**64, 10**400, -(10**5000)]),
-    st.sampled_from([np.int8(3), np.uint8(255), np.int64(-1), np.int32(2), np.uint64(2**64 - 1)]),
+    st.sampled_from([30, -(2**31), 2**41, 2**63, -(2**63), 2**64, 10**400, -(10**5000)]),
+    st.sampled_from([np.int8(3), np.uint8(20), np.int64(-1), np.int32(2), np.uint64(2**64 - 1)]),
 )
 SCALARS = st.one_of(
     INTS,
@@ -84,16 +84,6 @@ def calls(draw, op, backward):
     return function, arguments
 
 
-def small(arguments):
-    """Whether no option of the call, though valid, makes a result that would take long."""
-    numbers = []
-    for name in ("padding", "output_size", "stride", "kernel_size"):
-        value = arguments.get(name)
-        for entry in value if isinstance(value, tuple | list) else [value]:
-            numbers += [n for n in (entry if isinstance(entry, tuple | list) else [entry]) if isinstance(n, int)]
-    return sum(n == 1000 for n in numbers) <= 1
-
-
 def check_shapes(function, arguments, result):
     """Check what a call that was no error returned."""
     if not function.__name__.endswith("_backward"):
@@ -116,8 +106,6 @@ def check_shapes(function, arguments, result):
 @given(data=st.data())
 def test_a_call_is_right_or_says_what_is_wrong(op, backward, data):
     function, arguments = data.draw(calls(op, backward))
-    if not small(arguments):
-        return
     result, error = outcome(function, **arguments)
     if error is None:
         check_shapes(function, arguments, result)
