@@ -104,12 +104,8 @@ def prepare(
     kv_heads = int(key.shape[-3]) if key.ndim > 2 else 1
     heads = scores[-3] if len(scores) > 2 else 1
     space = (*scores[:-3], kv_heads, heads // kv_heads, scores[-2])
-    left, right = (None if side is None else int(side) for side in window or (None, None))
-    if is_causal:
-        right = 0
-    offset = query_offset if backend.is_array(query_offset) else int(query_offset)
-    options = (bias, mask, left, right, query_lengths, key_lengths)
-    hides = any(option is not None for option in options)
+    first, last = _band(is_causal, window, query_offset, space, key)
+    hides = any(option is not None for option in (bias, mask, first, last, query_lengths, key_lengths))
 
     smallest, largest = backend.float_range(query)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
@@ -125,8 +121,8 @@ def prepare(
         value=split(value),
         bias=split(bias),
         mask=split(mask),
-        first=None if left is None else _shifted(offset, -left, space, key),
-        last=None if right is None else _shifted(offset, right, space, key),
+        first=first,
+        last=last,
         query_lengths=None if query_lengths is None else _per_batch(query_lengths, space),
         key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
         sink=None if sink is None else split(backend.namespace(sink).reshape(sink, (-1, 1, 1))),
@@ -140,6 +136,23 @@ def prepare(
         scores=scores,
         space=space,
     )
+
+
+def _band(
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    query_offset: int | Array,
+    space: tuple[int, ...],
+    key: Array,
+) -> tuple[int | Array | None, int | Array | None]:
+    """Return between which keys, counted from its own number, a query sees any; None: up to the border."""
+    left, right = (None if side is None else int(side) for side in window or (None, None))
+    if is_causal:
+        right = 0
+    offset = query_offset if backend.is_array(query_offset) else int(query_offset)
+    first = None if left is None else _shifted(offset, -left, space, key)
+    last = None if right is None else _shifted(offset, right, space, key)
+    return first, last
 
 
 def visible(call: Call, tile: Tile, keys: slice) -> Array:

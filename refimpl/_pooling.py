@@ -139,10 +139,12 @@ def split(tile: Tile, windows: AnyWindows) -> tuple[Tile, Tile]:
 
 
 def sizes_of(tile: Tile) -> tuple[int, ...]:
+    """Return the shape of what a tile holds."""
     return tuple(s.stop - s.start for s in tile)
 
 
 def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:
+    """Return the shape of the result: one element for each window."""
     return (*x.shape[: x.ndim - len(windows)], *(window.out for window in windows))
 
 

@@ -35,6 +35,7 @@ def in_proj(params: Mapping[str, Array]) -> list[Linear]:
 
 
 def out_proj(params: Mapping[str, Array]) -> Linear:
+    """Return the projection of the joined heads."""
     return Linear(params["out_proj.weight"], params.get("out_proj.bias"))
 
 

@@ -255,7 +255,7 @@ def widened(*trees: Any) -> tuple[Any, ...]:
             xp = namespace(array)
             return xp.astype(array, xp.float32)
 
-    return tuple(_each_array(widen, tree) for tree in trees)
+    return tuple(mapped(widen, tree) for tree in trees)
 
 
 def rounded(tree: T, like: Array) -> T:
@@ -264,17 +264,18 @@ def rounded(tree: T, like: Array) -> T:
         return tree
     xp = namespace(like)
     with quiet(like):  # beyond the largest number of a half type lies inf
-        return cast(T, _each_array(lambda array: xp.astype(array, like.dtype), tree))
+        return cast(T, mapped(lambda array: xp.astype(array, like.dtype), tree))
 
 
-def _each_array(change: Callable[[Array], Array], tree: Any) -> Any:
-    """Apply a function to every array in a named tuple or mapping; None stays."""
+def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to everything in (named) tuples and mappings that is not None."""
     if tree is None:
         return None
     if isinstance(tree, Mapping):
-        return {name: _each_array(change, part) for name, part in tree.items()}
+        return {name: mapped(change, part) for name, part in tree.items()}
     if isinstance(tree, tuple):
-        return type(tree)(*(_each_array(change, part) for part in tree))
+        parts = [mapped(change, part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return change(tree)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import _checks, backend
+from ._attend import attend, attend_backward, weigh
 from ._pairs import Call, as_given, prepare
 from ._projections import (
     Hidden,
@@ -21,7 +22,7 @@ from ._projections import (
     out_proj,
     split,
 )
-from .attention import Window, attend, attend_backward, weigh
+from .attention import Window
 from .backend import Array
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]

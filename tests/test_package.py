@@ -12,7 +12,8 @@ import refimpl
 
 PACKAGE = Path(refimpl.__file__).parent
 LAYERS = [
-    "backend", "_masked", "_geometry", "_windows", "_pooling", "_pairs", "_projections", "_checks",
+    "backend", "_masked", "_geometry", "_windows", "_pooling", "_pairs", "_attend", "_projections",
+    "_checks",
     "conv", "pool", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
 ]  # fmt: skip
 

@@ -16,14 +16,17 @@ LARGEST = 1 << 40  # of a size, stride, dilation or padding: its products with a
 
 
 def fail(kind: type[Exception], function: str, argument: str, rule: str, got: object) -> NoReturn:
+    """Raise the error in the one wording that there is."""
     raise kind(f"{function}: {argument} must {rule}; got {got}")
 
 
 def shapes_of(**arrays: Array | None) -> str:
+    """Return the shapes of arrays as an error shows them."""
     return ", ".join(f"{name}.shape={tuple(a.shape)}" for name, a in arrays.items() if a is not None)
 
 
 def show(value: object) -> str:
+    """Return a value as an error shows it: shortened."""
     try:
         return reprlib.repr(value)
     except ValueError:  # an int with more digits than Python prints
@@ -31,6 +34,7 @@ def show(value: object) -> str:
 
 
 def required(function: str, arrays: Mapping[str, Array | None]) -> None:
+    """Check that no array was left out."""
     for name, array in arrays.items():
         if array is None:
             fail(TypeError, function, name, "be an array", "None")
@@ -115,6 +119,7 @@ def result(function: str, arrays: Mapping[str, Array], shape: tuple[int, ...]) -
 
 
 def gradient(function: str, dout: Array, shape: Sequence[int], name: str = "dout") -> None:
+    """Check that what comes with a result has its shape."""
     if tuple(dout.shape) != tuple(shape):
         fail(ValueError, function, name, f"have the shape of the result, {tuple(shape)}", shapes_of(**{name: dout}))
 

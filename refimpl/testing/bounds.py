@@ -150,8 +150,8 @@ def _reference(
                 return array
             return backend.from_numpy(change(backend.to_numpy(array).astype(np.float64)).astype(dtype), array)
 
-        changed = _mapped(put, given)
-        return _mapped(lambda r: backend.to_numpy(_as_array(r)), f(*changed["arrays"], **changed["options"]))
+        changed = backend.mapped(put, given)
+        return backend.mapped(lambda r: backend.to_numpy(_as_array(r)), f(*changed["arrays"], **changed["options"]))
 
     expected = at(lambda values: values)
 
@@ -183,7 +183,7 @@ def _reference(
             bound = 2 * unit * np.abs(result) + _SAFETY * (unit * squares + unit_of_sums * in_turn) + smallest
             bounds.append(np.where(np.isfinite(result), bound, 0.0) if result.dtype.kind == "f" else 0.0 * result)
     remaining = iter(bounds)
-    return expected, _mapped(lambda _: next(remaining), expected)
+    return expected, backend.mapped(lambda _: next(remaining), expected)
 
 
 def _changing(
@@ -232,18 +232,6 @@ def _precision(dtype: Any) -> tuple[float, float, float, float]:
 
 def _as_array(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, np.generic) else value
-
-
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply a function to everything in (named) tuples and mappings that is not None."""
-    if tree is None:
-        return None
-    if isinstance(tree, Mapping):
-        return {name: _mapped(change, part) for name, part in tree.items()}
-    if isinstance(tree, tuple):
-        parts = [_mapped(change, part) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return change(tree)
 
 
 def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:

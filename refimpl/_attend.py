@@ -1,0 +1,187 @@
+"""The mathematics of attention, tile by tile: softmax, weighted sum, and the way back through both.
+
+A tile is some heads x some query rows x all the keys that these rows may see, so that the softmax of a row is computed
+whole. `_softmax` is the formula; the backward calls it again for each tile rather than keep what is quadratic.
+
+H heads (Hq of the queries, Hkv of keys and values); L length; E features. Inside, arrays are as in `_pairs`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from . import _masked, backend
+from ._pairs import Call, accumulate, by_heads, take, transposed_sum, visible, weighted_sum
+from .backend import Array, Tile
+
+
+def attend(call: Call) -> tuple[Array, Array]:
+    """Return the output and the logsumexp: (..., Hq, Lq, Ev), (..., Hq, Lq)."""
+    return _by_rows(call, _features(call.value), _attend)
+
+
+def weigh(call: Call) -> tuple[Array, Array]:
+    """Return the weights and the logsumexp: (..., Hq, Lq, Lk), (..., Hq, Lq)."""
+    return _by_rows(call, call.scores[-1], _weigh)
+
+
+def _features(array: Array | None) -> int:
+    return 0 if array is None else int(array.shape[-1])
+
+
+def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Array, Array]:
+    """Return what `of_tile` writes for every row, of so many columns, and its logsumexp."""
+    xp = backend.namespace(call.query)
+    out = backend.full((*call.space, columns), 0, call.query)
+    logsumexp = backend.full(call.space, -math.inf, call.query)
+    if call.sink is not None:  # all that a query meets that sees no key
+        logsumexp[...] = call.sink[..., 0]
+
+    def work(*tile: slice) -> None:
+        keys = call.visible_keys(tile)
+        if keys is not None:
+            of_tile(call, tile, keys, out[(*tile, ...)], logsumexp[tile])
+
+    backend.run(work, call.tiles(4), call.query)
+    return xp.reshape(out, (*call.scores[:-1], columns)), xp.reshape(logsumexp, call.scores[:-1])
+
+
+def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[Array | None, ...]:
+    """Return the gradients of query, key, value, bias and sink, with the dimensions that these have in the call.
+
+    `dout` is the gradient of the output, or of the weights if the call has no value.
+    """
+    (dout,) = backend.widened(dout)
+    if call.hides and call.finite and call.value is not None:  # the queries' dout is what the weights are multiplied by
+        call = replace(call, finite=backend.all_finite(dout))
+    dout = by_heads(dout, call.space)
+    dlse = None if dlogsumexp is None else backend.namespace(dout).reshape(dlogsumexp, (*call.space, 1))
+    arguments = (call.query, call.key, call.value, call.bias, call.sink)
+    totals = [None if array is None else backend.full(tuple(array.shape), 0, array) for array in arguments]
+
+    def work(*tile: slice) -> list[tuple[Tile, Array | None]]:
+        keys = call.visible_keys(tile)
+        if keys is None:  # there is the sink alone
+            return [*[((), None)] * 4, (tile, _sink_alone(call, dlse, tile))]
+        dq, dk, dv, ds, dsink = _attend_backward(call, dout, dlse, tile, keys)
+        columns, own = (*tile[:-1], keys), call.own_keys(keys)
+        return [
+            (tile, dq),
+            (columns, dk),
+            (columns, dv),
+            ((*tile, own), ds[..., : own.stop - own.start]),
+            (tile, dsink),
+        ]
+
+    def collect(_: Tile, parts: list[tuple[Tile, Array | None]]) -> None:
+        for total, (at, part) in zip(totals, parts, strict=True):
+            if total is not None and part is not None:
+                accumulate(total, at, part)
+
+    held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
+    backend.run(work, call.tiles(6), call.query, collect, result_bytes=held)
+    return tuple(totals)
+
+
+def _sink_alone(call: Call, dlogsumexp: Array | None, tile: Tile) -> Array | None:
+    """Return the gradient of the sink where it is all that a query meets, and so is the logsumexp itself."""
+    if call.sink is None or dlogsumexp is None:
+        return None
+    return _masked.select(take(call.sink, tile) != -math.inf, dlogsumexp[(*tile, ...)])
+
+
+class _Softmax(NamedTuple):
+    """What `_softmax` finds for the rows of a tile."""
+
+    p: Array
+    """(..., rows, keys), 0 at hidden pairs."""
+    p_sink: Array | None
+    """(..., rows, 1)"""
+    logsumexp: Array
+    """(..., rows, 1)"""
+    slope: Array | None
+    """The derivative of the softcap at each pair."""
+    seen: Array | None
+    """Which pairs are visible; None: all."""
+
+
+def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
+    """Return softmax(s) for the rows of the tile."""
+    xp = backend.namespace(call.query)
+    slope, seen, p_sink = None, None, None
+    s = (call.scale * take(call.query, tile)) @ xp.matrix_transpose(take(call.key, (*tile[:-1], keys)))
+    if call.softcap is not None:
+        capped = xp.tanh(s / call.softcap)
+        s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
+    if call.bias is not None:
+        s = s + call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0)
+    if call.hides:
+        seen, s = xp.broadcast_arrays(visible(call, tile, keys), s)
+        s = xp.where(seen, s, -math.inf)
+    largest = xp.max(s, axis=-1, keepdims=True)
+    if call.sink is not None:
+        sink = take(call.sink, tile)
+        largest = xp.maximum(largest, sink)
+    if seen is not None:
+        sees = xp.any(seen, axis=-1, keepdims=True)
+        largest = xp.where(sees, largest, 0.0)
+    p = xp.exp(s - largest)
+    total = xp.sum(p, axis=-1, keepdims=True)
+    if call.sink is not None:
+        p_sink = xp.exp(sink - largest)
+        total = total + p_sink
+        p_sink = p_sink / total
+    p = _masked.select(seen, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
+    logsumexp = largest + xp.log(total)
+    if seen is not None and call.sink is not None:  # a query that sees no key meets the sink alone
+        logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
+    return _Softmax(p, p_sink, logsumexp, slope, seen)
+
+
+def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
+    """Return the weights that dropout keeps, scaled up, and 0 times the others."""
+    if call.dropout_mask is None:
+        return weights
+    keep = take(call.dropout_mask, (*tile, keys))
+    return weights * (backend.namespace(weights).astype(keep, weights.dtype) / call.kept)
+
+
+def _weigh(call: Call, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
+    """Write the weights and the logsumexp of the rows of the tile."""
+    found = _softmax(call, tile, keys)
+    weights[..., keys], logsumexp[...] = found.p, found.logsumexp[..., 0]
+
+
+def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
+    """Write the output and the logsumexp of the rows of the tile."""
+    found = _softmax(call, tile, keys)
+    v = take(call.value, (*tile[:-1], keys))
+    out[...] = weighted_sum(call, _dropped(call, tile, keys, found.p), found.seen, v)
+    logsumexp[...] = found.logsumexp[..., 0]
+
+
+def _attend_backward(
+    call: Call, dout: Array, dlogsumexp: Array | None, tile: Tile, keys: slice
+) -> tuple[Array, Array, Array | None, Array, Array | None]:
+    """Return what the rows of the tile add to the gradients of query, key, value, bias and sink."""
+    xp = backend.namespace(dout)
+    columns = (*tile[:-1], keys)
+    q, k = take(call.query, tile), take(call.key, columns)
+    p, p_sink, _, slope, seen = _softmax(call, tile, keys)
+    if call.value is None:  # the weights are the output
+        dv, dp = None, take(dout, (*tile, keys))
+    else:
+        v, do = take(call.value, columns), take(dout, tile)
+        dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
+        dp = _dropped(call, tile, keys, do @ xp.matrix_transpose(v))
+    dp = _masked.select(seen, dp)
+    mean = xp.sum(p * dp, axis=-1, keepdims=True)
+    if dlogsumexp is not None:
+        mean = mean - dlogsumexp[(*tile, ...)]
+    dbias = _masked.select(seen, p * (dp - mean))
+    dsink = None if p_sink is None else _masked.select(take(call.sink, tile) != -math.inf, -p_sink * mean)
+    ds = dbias if slope is None else _masked.select(seen, dbias * slope)
+    dq = call.scale * weighted_sum(call, ds, seen, k)
+    dk = call.scale * transposed_sum(call, ds, seen, q)
+    return dq, dk, dv, dbias, dsink
