@@ -109,8 +109,9 @@ def prepare(
 
     smallest, largest = backend.float_range(query)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    if softcap is not None and softcap > largest:  # no score comes near it
-        softcap = None
+    cap = None if softcap is None else float(softcap)
+    if cap is not None:
+        cap = None if cap > largest else max(cap, smallest)  # beyond the largest number, no score comes near it
 
     def split(array: Array | None) -> Array | None:
         return None if array is None else by_heads(array, space)
@@ -127,7 +128,7 @@ def prepare(
         key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
         sink=None if sink is None else split(backend.namespace(sink).reshape(sink, (-1, 1, 1))),
         scale=max(-largest, min(factor, largest)),
-        softcap=None if softcap is None else max(float(softcap), smallest),
+        softcap=cap,
         dropout_mask=split(dropout_mask),
         kept=1.0 - float(dropout_p),
         appended=appended,

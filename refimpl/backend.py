@@ -113,7 +113,7 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
         least one output position or query row, so a small value is met as nearly as that allows. May change rounding.
     """
     for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        if value is not None and not is_number(value):
             raise TypeError(f"limits: {name} must be an int; got {reprlib.repr(value)}")
         if value is not None and not 1 <= int(value) <= 1 << 40:
             got = value if -(1 << 64) < int(value) < 1 << 64 else "an int of more than 64 bits"
@@ -124,6 +124,12 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
         yield
     finally:
         _LIMITS.reset(token)
+
+
+def is_number(value: object, kind: type = numbers.Integral) -> bool:
+    """Return whether the value is an int, or a number of a kind (`numbers.Real`), of Python or NumPy, and no bool."""
+    # NumPy registers timedelta64 as an integer, which it is not without a unit of time.
+    return isinstance(value, kind) and not isinstance(value, bool | np.timedelta64)
 
 
 def is_array(value: object) -> bool:

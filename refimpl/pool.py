@@ -374,8 +374,8 @@ def lp_pool_backward(
         for _, reads, writes in taps(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
             unit, norm = (array[place] for array in found)  # the norm in the unit
-            if p < 1:  # a quotient that vanishes would be an inf here, and powers of numbers below 1 are none
-                slope = xp.abs(part) ** (p - 1) * (unit * norm) ** (1 - p)
+            if p < 1:  # a quotient that vanishes would be an inf here; that of the fourth roots does not
+                slope = (unit**0.25 / xp.abs(part) ** 0.25) ** (4 * (1 - p)) * norm ** (1 - p)
             else:
                 slope = (xp.abs(part) / unit / norm) ** (p - 1)
             dx[(*lead, *reads)] += xp.where(part != 0, xp.sign(part) * slope * dout[tile][place], 0.0)

@@ -59,7 +59,13 @@ NO_FLOATING = [
     (np.ones((2, 2), dtype=">f8"), TypeError, "native byte order"),
     (array_api_strict.ones((2, 2)), TypeError, "same backend"),
 ]
-NO_INT = [(1.5, TypeError, "int"), ("1", TypeError, "int"), (True, TypeError, "int"), (None, TypeError, "int")]
+NO_INT = [
+    (1.5, TypeError, "int"),
+    (np.timedelta64(3), TypeError, "int"),
+    ("1", TypeError, "int"),
+    (True, TypeError, "int"),
+    (None, TypeError, "int"),
+]
 NO_FLAG = [(1, TypeError, "True or False"), (None, TypeError, "True or False"), ("yes", TypeError, "True or False")]
 NO_SIZES = [
     *NO_INT,
@@ -206,6 +212,8 @@ WRONG = [
     (ATTENTION, "scale", 10**400, ValueError, "finite"),
     (ATTENTION, "scale", np.ones(()), TypeError, "number"),
     (ATTENTION, "scale", True, TypeError, "number"),
+    (ATTENTION, "scale", np.timedelta64(1, "s"), TypeError, "number"),
+    (ATTENTION, "query_offset", np.timedelta64(1), TypeError, "integer array"),
     *((ATTENTION, "dropout_mask", *case) for case in NO_ARRAY),
     (ATTENTION, "dropout_mask", np.ones((3, 5)), TypeError, "dtype bool"),
     (ATTENTION, "dropout_mask", np.ones((3, 4), dtype=bool), ValueError, "weights"),
@@ -437,6 +445,8 @@ def test_numpy_numbers_and_lists_are_fine_as_options():
     refimpl.avg_pool(X, two, divisor_override=np.int8(3))
     refimpl.scaled_dot_product_attention(QUERY, KEY, VALUE, window=[two, None], query_offset=two, scale=half)
     refimpl.multi_head_attention(TOKENS, MEMORY, MEMORY, num_heads=two, scale=half)
+    refimpl.scaled_dot_product_attention(QUERY, KEY, VALUE, softcap=np.float16(1), scale=np.float16(1))
+    refimpl.lp_pool(X, np.float16(3), two)
 
 
 @pytest.mark.parametrize("huge", [2**20, 2**40])

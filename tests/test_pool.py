@@ -247,3 +247,19 @@ def test_a_tiny_element_beside_a_huge_one():
     dx = refimpl.lp_pool_backward(np.array([[1.0]]), x, 0.5, (2,))
     np.testing.assert_allclose(dx, [[(1e152**0.5) / (5e-324**0.5), 1.0]], rtol=1e-12)
     np.testing.assert_array_equal(refimpl.lp_pool_backward(np.array([[0.0]]), x, 0.5, (2,)), [[0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x", "p", "expected"),
+    [
+        ("float64", [1e305] * 4, 0.1, [4.0**9] * 4),
+        ("float32", [1e35] * 4, 0.1, [4.0**9] * 4),
+        ("float64", [5e-324, 1e-323, 5e-324], 0.5, [2 + 2**0.5, 1 + 2**0.5, 2 + 2**0.5]),
+        ("float64", [3e300, 4e300], 2, [0.6, 0.8]),
+        ("float64", [3e-300, 4e-300], 3, [9 / 91 ** (2 / 3), 16 / 91 ** (2 / 3)]),
+    ],
+)
+def test_the_gradient_of_huge_and_tiny_elements_is_that_of_plain_ones(dtype, x, p, expected):
+    """By definition (|x| / norm) ** (p - 1), which does not depend on the unit of x."""
+    dx = lp_pool_backward(np.ones(1, dtype), np.array(x, dtype), p, (len(x),))
+    np.testing.assert_allclose(dx, expected, rtol=1e-5 if dtype == "float32" else 1e-12)

@@ -1,6 +1,5 @@
 """Checks of attention: of scaled dot-product and multi-head attention, and of merging their parts."""
 
-import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -116,7 +115,7 @@ def _options(
     _dropout(function, dropout_mask, dropout_p)
     if backend.is_array(query_offset):
         _batch_integers(function, like, "query_offset", query_offset, batch)
-    elif isinstance(query_offset, bool) or not isinstance(query_offset, numbers.Integral):
+    elif not backend.is_number(query_offset):
         fail(TypeError, function, "query_offset", "be an int or an integer array", show(query_offset))
     _lengths(function, like, "query_lengths", query_lengths, batch, scores[-2])
     _lengths(function, like, "key_lengths", key_lengths, batch, scores[-1])

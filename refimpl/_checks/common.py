@@ -6,7 +6,7 @@ import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from .. import backend
 from ..backend import Array
@@ -42,9 +42,9 @@ def required(function: str, arrays: Mapping[str, Array | None]) -> None:
 
 def integer(function: str, argument: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
     """Check an int (or NumPy integer), and its bounds."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not backend.is_number(value):
         fail(TypeError, function, argument, "be an int", show(value))
-    result = int(value)
+    result = int(cast(int, value))
     if minimum is not None and result < minimum:
         fail(ValueError, function, argument, f"be at least {minimum}", show(value))
     if maximum is not None and result > maximum:
@@ -54,10 +54,10 @@ def integer(function: str, argument: str, value: object, minimum: int | None = N
 
 def number(function: str, argument: str, value: object) -> float:
     """Check a finite int or float (of NumPy, too)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not backend.is_number(value, numbers.Real):
         fail(TypeError, function, argument, "be a number", show(value))
     try:
-        result = float(value)
+        result = float(cast(float, value))
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
@@ -74,7 +74,7 @@ def flag(function: str, argument: str, value: object) -> bool:
 
 def sizes(function: str, argument: str, value: object, count: int, minimum: int) -> tuple[int, ...]:
     """Check an int, or a tuple or list of `count` of them, each at least `minimum`."""
-    if not isinstance(value, tuple | list | numbers.Integral) or isinstance(value, bool):
+    if not isinstance(value, tuple | list) and not backend.is_number(value):
         fail(TypeError, function, argument, "be an int or a tuple of ints", show(value))
     if not isinstance(value, tuple | list):
         return (integer(function, argument, value, minimum, LARGEST),) * count

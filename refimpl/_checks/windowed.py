@@ -1,7 +1,6 @@
 """Checks of what has windows: convolution and pooling."""
 
 import math
-import numbers
 from collections.abc import Mapping
 
 from .. import backend
@@ -41,7 +40,7 @@ def padding_of(function: str, value: object, count: int) -> Padding:
         if value not in ("valid", "same", "same_lower"):
             fail(ValueError, function, "padding", "be 'valid', 'same' or 'same_lower' if a string", show(value))
         return value
-    if not isinstance(value, tuple | list | numbers.Integral) or isinstance(value, bool):
+    if not isinstance(value, tuple | list) and not backend.is_number(value):
         rule = "be an int, a tuple of ints or of (low, high) pairs, or a string"
         fail(TypeError, function, "padding", rule, show(value))
     if not isinstance(value, tuple | list):

@@ -99,6 +99,11 @@ def assert_matches(actual: Any, f: Callable[..., Any], /, *arrays: Array, seed: 
     Traceback (most recent call last):
     AssertionError: assert_matches: the result is wrong in 1 of 2 elements; worst at [0, 0, 1]: 6.099..., ...
     """
+    for name, array in _leaves(actual):
+        if not backend.is_array(array):
+            raise TypeError(f"assert_matches: {name or 'actual'} must be an array; got {type(array).__name__}")
+        if not (backend.is_floating(array) or backend.is_integer(array)):
+            raise TypeError(f"assert_matches: {name or 'actual'} must be floating or integers; got {array.dtype}")
     first = next((array for _, array in _leaves(actual) if backend.is_floating(array)), None)
     expected, bounds = _reference(f, arrays, options, None if first is None else str(first.dtype), seed)
     if isinstance(expected, tuple) and not isinstance(actual, tuple):
@@ -118,7 +123,7 @@ def _compare(name: str, actual: np.ndarray[Any, Any], expected: Any, bound: Any)
     with np.errstate(all="ignore"):
         difference = np.abs(values - expected)
         right = (difference <= bound) | (values == expected) | (np.isnan(values) & np.isnan(expected))
-        if expected.dtype.kind == "f":
+        if expected.dtype.kind == "f" and actual.dtype.kind not in "iu":
             largest = _precision(actual.dtype)[2]
             right |= np.isinf(values) & (np.sign(values) == np.sign(expected)) & (np.abs(expected) + bound > largest)
     if not right.all():

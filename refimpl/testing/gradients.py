@@ -75,7 +75,7 @@ def check_gradients(
     Traceback (most recent call last):
     AssertionError: check_gradients: dx is wrong in 2 of 2 elements; worst at [1]: analytic ..., numeric ...
     """
-    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= rtol < 1:
+    if not backend.is_number(rtol, numbers.Real) or not 0 <= rtol < 1:
         raise ValueError(f"check_gradients: rtol must be a number in [0, 1); got {rtol!r}")
     rng = np.random.default_rng(seed)
     slots = _slots(f, arrays, options)
@@ -120,7 +120,7 @@ def _slots(f: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, An
             slot = _Slot(argument, place, key, array, backend.to_numpy(array))
             if slot.value.dtype == np.float64:
                 slots.append(slot)
-            elif not np.isdtype(slot.value.dtype, ("bool", "integral")):
+            elif slot.value.dtype.kind not in "biu":
                 raise TypeError(
                     f"check_gradients: {slot.name} must be float64, as numeric derivatives have too few digits in any "
                     f"other dtype; got {slot.value.dtype}"
