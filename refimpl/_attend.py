@@ -43,7 +43,7 @@ def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Ar
         if keys is not None:
             of_tile(call, tile, keys, out[(*tile, ...)], logsumexp[tile])
 
-    backend.run(work, call.tiles(4), call.query)
+    backend.run(work, call.tiles(3), call.query)
     return xp.reshape(out, (*call.scores[:-1], columns)), xp.reshape(logsumexp, call.scores[:-1])
 
 
@@ -53,8 +53,10 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     `dout` is the gradient of the output, or of the weights if the call has no value.
     """
     (dout,) = backend.widened(dout)
-    if call.hides and call.finite and call.value is not None:  # the queries' dout is what the weights are multiplied by
-        call = replace(call, finite=backend.all_finite(dout))
+    if call.hides:
+        dout = backend.contiguous(dout)
+        finite = all(math.isfinite(backend.sum_of_squares(a)) for a in (dout, dlogsumexp) if a is not None)
+        call = replace(call, finite=call.finite and finite)
     dout = by_heads(dout, call.space)
     dlse = None if dlogsumexp is None else backend.namespace(dout).reshape(dlogsumexp, (*call.space, 1))
     arguments = (call.query, call.key, call.value, call.bias, call.sink)
@@ -80,7 +82,7 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
                 accumulate(total, at, part)
 
     held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
-    backend.run(work, call.tiles(6), call.query, collect, result_bytes=held)
+    backend.run(work, call.tiles(5), call.query, collect, result_bytes=held)
     return tuple(totals)
 
 
@@ -92,10 +94,12 @@ def _sink_alone(call: Call, dlogsumexp: Array | None, tile: Tile) -> Array | Non
 
 
 class _Softmax(NamedTuple):
-    """What `_softmax` finds for the rows of a tile."""
+    """The softmax of the rows of a tile: `p = e / total`."""
 
-    p: Array
-    """(..., rows, keys), 0 at hidden pairs."""
+    e: Array
+    """(..., rows, keys): exp(score - the largest of the row), 0 at hidden pairs."""
+    total: Array
+    """(..., rows, 1): its sum, with the sink, and 1 where there is nothing."""
     p_sink: Array | None
     """(..., rows, 1)"""
     logsumexp: Array
@@ -103,13 +107,13 @@ class _Softmax(NamedTuple):
     slope: Array | None
     """The derivative of the softcap at each pair."""
     seen: Array | None
-    """Which pairs are visible; None: all."""
+    """Which pairs are visible; None where it does not matter any more."""
 
 
 def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     """Return softmax(s) for the rows of the tile."""
     xp = backend.namespace(call.query)
-    slope, seen, p_sink = None, None, None
+    slope, seen, p_sink, sees = None, None, None, None
     s = (call.scale * take(call.query, tile)) @ xp.matrix_transpose(take(call.key, (*tile[:-1], keys)))
     if call.softcap is not None:
         capped = xp.tanh(s / call.softcap)
@@ -117,26 +121,32 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     if call.bias is not None:
         s = s + call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0)
     if call.hides:
-        seen, s = xp.broadcast_arrays(visible(call, tile, keys), s)
-        s = xp.where(seen, s, -math.inf)
+        seen = visible(call, tile, keys)
+        sees = xp.any(seen, axis=-1, keepdims=True)
+        if call.finite:
+            s, seen = s + (1.0 - 1.0 / xp.astype(seen, s.dtype)), None  # 0 where a pair is visible, and else -inf
+        else:
+            seen, s = xp.broadcast_arrays(seen, s)
+            s = xp.where(seen, s, -math.inf)
     largest = xp.max(s, axis=-1, keepdims=True)
     if call.sink is not None:
         sink = take(call.sink, tile)
         largest = xp.maximum(largest, sink)
-    if seen is not None:
-        sees = xp.any(seen, axis=-1, keepdims=True)
+    if sees is not None:
         largest = xp.where(sees, largest, 0.0)
-    p = xp.exp(s - largest)
-    total = xp.sum(p, axis=-1, keepdims=True)
+    s -= largest
+    e = _masked.select(seen, xp.exp(s))
+    total = xp.sum(e, axis=-1, keepdims=True)
     if call.sink is not None:
         p_sink = xp.exp(sink - largest)
         total = total + p_sink
         p_sink = p_sink / total
-    p = _masked.select(seen, p / total)  # last: a total of NaN, or of 0 where nothing is seen, makes NaN of the row
     logsumexp = largest + xp.log(total)
-    if seen is not None and call.sink is not None:  # a query that sees no key meets the sink alone
-        logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
-    return _Softmax(p, p_sink, logsumexp, slope, seen)
+    if sees is not None:
+        total = xp.where(sees, total, 1.0)
+        if call.sink is not None:  # a query that sees no key meets the sink alone
+            logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
+    return _Softmax(e, total, p_sink, logsumexp, slope, seen)
 
 
 def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
@@ -150,14 +160,15 @@ def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
 def _weigh(call: Call, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
     """Write the weights and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
-    weights[..., keys], logsumexp[...] = found.p, found.logsumexp[..., 0]
+    weights[..., keys] = _masked.select(found.seen, found.e / found.total)
+    logsumexp[...] = found.logsumexp[..., 0]
 
 
 def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
     """Write the output and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
     v = take(call.value, (*tile[:-1], keys))
-    out[...] = weighted_sum(call, _dropped(call, tile, keys, found.p), found.seen, v)
+    out[...] = weighted_sum(call, _dropped(call, tile, keys, found.e), found.seen, v) / found.total
     logsumexp[...] = found.logsumexp[..., 0]
 
 
@@ -168,7 +179,9 @@ def _attend_backward(
     xp = backend.namespace(dout)
     columns = (*tile[:-1], keys)
     q, k = take(call.query, tile), take(call.key, columns)
-    p, p_sink, _, slope, seen = _softmax(call, tile, keys)
+    e, total, p_sink, _, slope, seen = _softmax(call, tile, keys)
+    e /= total
+    p = _masked.select(seen, e)
     if call.value is None:  # the weights are the output
         dv, dp = None, take(dout, (*tile, keys))
     else:

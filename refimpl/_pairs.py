@@ -41,7 +41,8 @@ class Call:
     hides: bool
     """Whether any option may hide a pair."""
     finite: bool
-    """Whether all that weights are multiplied by is neither NaN nor inf, so that a hidden pair may be 0 times it."""
+    """Whether no score is or becomes NaN or inf, nor anything that weights are multiplied by: then a hidden pair can
+    be hidden by arithmetic, which is many times faster than by selection. True also if nothing is hidden."""
     scores: tuple[int, ...]
     """The shape of the scores, `(..., Hq, Lq, Lk)` or `(Lq, Lk)`, appended keys included."""
     space: tuple[int, ...]
@@ -116,6 +117,10 @@ def prepare(
     def split(array: Array | None) -> Array | None:
         return None if array is None else by_heads(array, space)
 
+    finite = True
+    if hides:  # of the same memory layout, finite or not: BLAS rounds by layout
+        query, key, value = (None if array is None else backend.contiguous(array) for array in (query, key, value))
+        finite = _bounded(query, key, value, bias, factor, largest)
     return Call(
         query=split(query),
         key=split(key),
@@ -133,10 +138,17 @@ def prepare(
         kept=1.0 - float(dropout_p),
         appended=appended,
         hides=hides,
-        finite=not hides or all(backend.all_finite(array) for array in (query, key, value) if array is not None),
+        finite=finite,
         scores=scores,
         space=space,
     )
+
+
+def _bounded(query: Array, key: Array, value: Array | None, bias: Array | None, scale: float, largest: float) -> bool:
+    """Return whether nothing is NaN or inf, nor any score, which the sums of squares bound (Cauchy and Schwarz)."""
+    q, k, *others = (backend.sum_of_squares(array) for array in (query, key, value, bias) if array is not None)
+    scaled = abs(scale) * math.sqrt(q)
+    return all(map(math.isfinite, others)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
 
 
 def _band(
@@ -272,8 +284,7 @@ def weighted_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Ar
 
     Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
     """
-    if seen is None:
-        return weights @ x
-    if call.finite:
-        return weights @ _masked.laid_out(x) + 0.0
-    return _masked.matmul(weights, x, a_real=seen) + 0.0
+    product = weights @ x if call.finite else _masked.matmul(weights, x, a_real=seen)
+    if call.hides:
+        product += 0.0
+    return product

@@ -39,7 +39,7 @@ class _Limits(NamedTuple):
     tile_bytes: int
 
 
-_DEFAULTS = _Limits(threads=None, tile_bytes=16 << 20)
+_DEFAULTS = _Limits(threads=None, tile_bytes=4 << 20)
 _AHEAD_BYTES = 96 << 20  # of results that wait for their turn
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
@@ -114,16 +114,23 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
     """
     for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
         if value is not None and not is_number(value):
-            raise TypeError(f"limits: {name} must be an int; got {reprlib.repr(value)}")
+            raise TypeError(f"limits: {name} must be an int; got {shown(value)}")
         if value is not None and not 1 <= int(value) <= 1 << 40:
-            got = value if -(1 << 64) < int(value) < 1 << 64 else "an int of more than 64 bits"
-            raise ValueError(f"limits: {name} must be from 1 to {1 << 40}; got {got}")
+            raise ValueError(f"limits: {name} must be from 1 to {1 << 40}; got {shown(value)}")
     now = _LIMITS.get()
     token = _LIMITS.set(_Limits(int(threads) if threads else now.threads, int(tile_bytes or now.tile_bytes)))
     try:
         yield
     finally:
         _LIMITS.reset(token)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int with more digits than Python prints
+        return f"{type(value).__name__} beyond printing"
 
 
 def is_number(value: object, kind: type = numbers.Integral) -> bool:
@@ -299,6 +306,23 @@ def all_finite(array: Array) -> bool:
     """
     with quiet(array):
         return math.isfinite(float(namespace(array).sum(array)))
+
+
+def sum_of_squares(array: Array) -> float:
+    """Return the sum of squares, NaN or inf if an element is or if it overflows. Waits for the device.
+
+    As a product of matrices: it needs no memory, and runs at the speed of reading.
+    """
+    xp = namespace(array)
+    with quiet(array):
+        return float((xp.reshape(array, (1, -1)) @ xp.reshape(array, (-1, 1)))[0, 0])
+
+
+def contiguous(array: Array) -> Array:
+    """Return the array in row-major order, as a copy if it lies in another, where a backend knows of such order."""
+    xp, _, context = _placement(array)
+    with context:
+        return xp.ascontiguousarray(array) if xp is np or _is_cupy(xp) else array
 
 
 @contextlib.contextmanager

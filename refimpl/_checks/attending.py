@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import backend
-from ..backend import Array
+from ..backend import Array, shown
 from .common import (
     LARGEST,
     broadcast,
@@ -18,7 +18,6 @@ from .common import (
     required,
     result,
     shapes_of,
-    show,
 )
 
 _PACKED = ("in_proj_weight",)
@@ -111,12 +110,12 @@ def _options(
     if scale is not None:
         number(function, "scale", scale)
     if softcap is not None and number(function, "softcap", softcap) <= 0:
-        fail(ValueError, function, "softcap", "be above 0", show(softcap))
+        fail(ValueError, function, "softcap", "be above 0", shown(softcap))
     _dropout(function, dropout_mask, dropout_p)
     if backend.is_array(query_offset):
         _batch_integers(function, like, "query_offset", query_offset, batch)
     elif not backend.is_number(query_offset):
-        fail(TypeError, function, "query_offset", "be an int or an integer array", show(query_offset))
+        fail(TypeError, function, "query_offset", "be an int or an integer array", shown(query_offset))
     _lengths(function, like, "query_lengths", query_lengths, batch, scores[-2])
     _lengths(function, like, "key_lengths", key_lengths, batch, scores[-1])
 
@@ -124,9 +123,9 @@ def _options(
 def _dropout(function: str, dropout_mask: Array | None, dropout_p: object) -> None:
     p = number(function, "dropout_p", dropout_p)
     if not 0 <= p < 1:
-        fail(ValueError, function, "dropout_p", "be in [0, 1)", show(dropout_p))
+        fail(ValueError, function, "dropout_p", "be in [0, 1)", shown(dropout_p))
     if p > 0 and dropout_mask is None:
-        fail(ValueError, function, "dropout_p", "be 0 without a dropout_mask", show(dropout_p))
+        fail(ValueError, function, "dropout_p", "be 0 without a dropout_mask", shown(dropout_p))
 
 
 def _lengths(function: str, like: Array, name: str, lengths: Array | None, batch: tuple[int, ...], size: int) -> None:
@@ -152,9 +151,9 @@ def _window(function: str, window: object) -> None:
     if window is None:
         return
     if not isinstance(window, tuple | list):
-        fail(TypeError, function, "window", "be None or a pair (left, right)", show(window))
+        fail(TypeError, function, "window", "be None or a pair (left, right)", shown(window))
     if len(window) != 2:
-        fail(ValueError, function, "window", "be None or a pair (left, right)", show(window))
+        fail(ValueError, function, "window", "be None or a pair (left, right)", shown(window))
     for i, side in enumerate(window):
         if side is not None:
             integer(function, f"window[{i}]", side, 0)
@@ -240,11 +239,11 @@ def _features(
 def _parameters(function: str, params: object, packed: bool) -> dict[str, Array]:
     """Check which keys there are; returns them as the names that messages use."""
     if not isinstance(params, Mapping):
-        fail(TypeError, function, "params", "be None or a mapping of names to arrays", show(params))
+        fail(TypeError, function, "params", "be None or a mapping of names to arrays", shown(params))
     known = _PACKED + _SEPARATE + _APPENDED + _REST
     for name in params:
         if name not in known:
-            fail(ValueError, function, "params", f"have keys among {', '.join(known)}", show(name))
+            fail(ValueError, function, "params", f"have keys among {', '.join(known)}", shown(name))
     weights = _PACKED if "in_proj_weight" in params else _SEPARATE
     appended = _APPENDED if any(name in params for name in _APPENDED) else ()
     for name in (*weights, "out_proj.weight", *appended):

@@ -2,14 +2,13 @@
 
 import math
 import numbers
-import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn, cast
 
 from .. import backend
-from ..backend import Array
+from ..backend import Array, shown
 
 MOST = sys.maxsize // 8  # elements of an array, whose bytes must have addresses
 LARGEST = 1 << 40  # of a size, stride, dilation or padding: its products with another fit into 64 bits
@@ -25,14 +24,6 @@ def shapes_of(**arrays: Array | None) -> str:
     return ", ".join(f"{name}.shape={tuple(a.shape)}" for name, a in arrays.items() if a is not None)
 
 
-def show(value: object) -> str:
-    """Return a value as an error shows it: shortened."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an int with more digits than Python prints
-        return f"{type(value).__name__} beyond printing"
-
-
 def required(function: str, arrays: Mapping[str, Array | None]) -> None:
     """Check that no array was left out."""
     for name, array in arrays.items():
@@ -43,44 +34,44 @@ def required(function: str, arrays: Mapping[str, Array | None]) -> None:
 def integer(function: str, argument: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
     """Check an int (or NumPy integer), and its bounds."""
     if not backend.is_number(value):
-        fail(TypeError, function, argument, "be an int", show(value))
+        fail(TypeError, function, argument, "be an int", shown(value))
     result = int(cast(int, value))
     if minimum is not None and result < minimum:
-        fail(ValueError, function, argument, f"be at least {minimum}", show(value))
+        fail(ValueError, function, argument, f"be at least {minimum}", shown(value))
     if maximum is not None and result > maximum:
-        fail(ValueError, function, argument, f"be at most {maximum}", show(value))
+        fail(ValueError, function, argument, f"be at most {maximum}", shown(value))
     return result
 
 
 def number(function: str, argument: str, value: object) -> float:
     """Check a finite int or float (of NumPy, too)."""
     if not backend.is_number(value, numbers.Real):
-        fail(TypeError, function, argument, "be a number", show(value))
+        fail(TypeError, function, argument, "be a number", shown(value))
     try:
         result = float(cast(float, value))
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
-        fail(ValueError, function, argument, "be finite", show(value))
+        fail(ValueError, function, argument, "be finite", shown(value))
     return result
 
 
 def flag(function: str, argument: str, value: object) -> bool:
     """Check a bool."""
     if not isinstance(value, bool):
-        fail(TypeError, function, argument, "be True or False", show(value))
+        fail(TypeError, function, argument, "be True or False", shown(value))
     return value
 
 
 def sizes(function: str, argument: str, value: object, count: int, minimum: int) -> tuple[int, ...]:
     """Check an int, or a tuple or list of `count` of them, each at least `minimum`."""
     if not isinstance(value, tuple | list) and not backend.is_number(value):
-        fail(TypeError, function, argument, "be an int or a tuple of ints", show(value))
+        fail(TypeError, function, argument, "be an int or a tuple of ints", shown(value))
     if not isinstance(value, tuple | list):
         return (integer(function, argument, value, minimum, LARGEST),) * count
     if len(value) != count:
         rule = f"be an int or have one for each of the {count} spatial dimensions"
-        fail(ValueError, function, argument, rule, show(value))
+        fail(ValueError, function, argument, rule, shown(value))
     return tuple(integer(function, f"{argument}[{i}]", v, minimum, LARGEST) for i, v in enumerate(value))
 
 

@@ -15,7 +15,7 @@ from .._geometry import (
     pool_window,
     transposed_window,
 )
-from ..backend import Array
+from ..backend import Array, shown
 from .common import (
     LARGEST,
     MOST,
@@ -29,7 +29,6 @@ from .common import (
     required,
     result,
     shapes_of,
-    show,
     sizes,
 )
 
@@ -38,21 +37,21 @@ def padding_of(function: str, value: object, count: int) -> Padding:
     """Check padding in any of its forms; returns a string, or a `(low, high)` pair for each dimension."""
     if isinstance(value, str):
         if value not in ("valid", "same", "same_lower"):
-            fail(ValueError, function, "padding", "be 'valid', 'same' or 'same_lower' if a string", show(value))
+            fail(ValueError, function, "padding", "be 'valid', 'same' or 'same_lower' if a string", shown(value))
         return value
     if not isinstance(value, tuple | list) and not backend.is_number(value):
         rule = "be an int, a tuple of ints or of (low, high) pairs, or a string"
-        fail(TypeError, function, "padding", rule, show(value))
+        fail(TypeError, function, "padding", rule, shown(value))
     if not isinstance(value, tuple | list):
         return ((integer(function, "padding", value, 0, LARGEST),) * 2,) * count
     if len(value) != count:
         rule = f"be an int, or have one entry, an int or a (low, high) pair, for each of the {count} spatial dimensions"
-        fail(ValueError, function, "padding", rule, show(value))
+        fail(ValueError, function, "padding", rule, shown(value))
     pairs = []
     for i, entry in enumerate(value):
         pair = entry if isinstance(entry, tuple | list) else (entry, entry)
         if len(pair) != 2:
-            fail(ValueError, function, f"padding[{i}]", "be an int or a (low, high) pair", show(entry))
+            fail(ValueError, function, f"padding[{i}]", "be an int or a (low, high) pair", shown(entry))
         low, high = (integer(function, f"padding[{i}]", side, 0, LARGEST) for side in pair)
         pairs.append((low, high))
     return tuple(pairs)
@@ -111,9 +110,9 @@ def conv(
 def _padding_mode(function: str, mode: object, x: Array, windows: tuple[Window, ...]) -> None:
     """Check a name, that the elements suffice to fill the padding as it says, and that both can be addressed."""
     if not isinstance(mode, str):
-        fail(TypeError, function, "padding_mode", "be a string", show(mode))
+        fail(TypeError, function, "padding_mode", "be a string", shown(mode))
     if mode not in PADDING_MODES:
-        fail(ValueError, function, "padding_mode", f"be one of {', '.join(map(repr, PADDING_MODES))}", show(mode))
+        fail(ValueError, function, "padding_mode", f"be one of {', '.join(map(repr, PADDING_MODES))}", shown(mode))
     for d, window in enumerate(windows):
         limit = {"reflect": window.size - 1, "circular": window.size}.get(mode, LARGEST)
         if max(window.low, window.high) > limit:
@@ -160,7 +159,7 @@ def conv_transpose(
     for d, window in enumerate(windows):
         if window.size < 1:
             rule = f"leave an output size of at least 1 in spatial dimension {d}"
-            fail(ValueError, function, "padding", rule, f"{window.size} (padding={show(padding)}, {shapes_of(x=x)})")
+            fail(ValueError, function, "padding", rule, f"{window.size} (padding={shown(padding)}, {shapes_of(x=x)})")
     result(function, arrays, (*x.shape[:axis], weight.shape[1] * groups, *(w.size for w in windows)))
     return windows, groups
 
@@ -197,15 +196,15 @@ def _output_padding(
 ) -> tuple[int, ...]:
     extras = sizes(function, "output_padding", output_padding, len(strides), 0)
     if any(extras) and output_size is not None:
-        fail(ValueError, function, "output_padding", "be 0 when output_size is given", show(output_padding))
+        fail(ValueError, function, "output_padding", "be 0 when output_size is given", shown(output_padding))
     if isinstance(pads, str) and pads != "valid" and (any(extras) or output_size is not None):
         name, value = ("output_padding", output_padding) if any(extras) else ("output_size", output_size)
-        fail(ValueError, function, name, f"be left out with padding={pads!r}, which sets the size", show(value))
+        fail(ValueError, function, name, f"be left out with padding={pads!r}, which sets the size", shown(value))
     for d, extra in enumerate(extras):
         limit = max(strides[d], dilations[d])
         if extra >= limit:
             rule = f"be below max(stride, dilation) ({limit}) in spatial dimension {d}"
-            fail(ValueError, function, "output_padding", rule, show(output_padding))
+            fail(ValueError, function, "output_padding", rule, shown(output_padding))
     return extras
 
 
@@ -215,7 +214,7 @@ def _sized(function: str, windows: Windows, output_size: object) -> Windows:
     for d, (window, size) in enumerate(zip(windows, wanted, strict=True)):
         if not window.size <= size < window.size + window.stride:
             rule = f"be in [{window.size}, {window.size + window.stride}) in spatial dimension {d}"
-            fail(ValueError, function, "output_size", rule, show(output_size))
+            fail(ValueError, function, "output_size", rule, shown(output_size))
     return tuple(window._replace(size=size) for window, size in zip(windows, wanted, strict=True))
 
 
@@ -246,7 +245,7 @@ def pool(
         empty = window.first_empty()
         if empty is not None:
             rule = f"leave an element of x in every window; window {empty} of spatial dimension {d} has none"
-            got = f"padding={show(padding)}, kernel_size={kernels}, {shapes_of(x=x)}"
+            got = f"padding={shown(padding)}, kernel_size={kernels}, {shapes_of(x=x)}"
             fail(ValueError, function, "padding", rule, got)
     result(function, arrays, (*x.shape[: x.ndim - spatial], *(w.out for w in windows)))
     return windows
@@ -289,10 +288,10 @@ def max_unpool(
     for d, (out, default) in enumerate(zip(outs, defaults, strict=True)):
         if out < 1:
             rule = f"leave an output size of at least 1 in spatial dimension {d}"
-            fail(ValueError, function, "padding", rule, f"{out} (padding={show(padding)}, {shapes_of(x=x)})")
+            fail(ValueError, function, "padding", rule, f"{out} (padding={shown(padding)}, {shapes_of(x=x)})")
         if abs(out - default) >= strides[d]:
             rule = f"be less than one stride ({strides[d]}) away from {default} in spatial dimension {d}"
-            fail(ValueError, function, "output_size", rule, show(output_size))
+            fail(ValueError, function, "output_size", rule, shown(output_size))
     result(function, arrays, (*x.shape[: x.ndim - spatial], *outs))
     _unpool_indices(function, x, indices, math.prod(outs))
     return tuple(outs)
@@ -330,7 +329,7 @@ def _spatial(function: str, x: Array, argument: str, value: object) -> int:
     if isinstance(value, tuple | list):
         if not 1 <= len(value) <= x.ndim:
             rule = f"have 1 to {x.ndim} entries, no more than x has dimensions"
-            fail(ValueError, function, argument, rule, f"{show(value)}, {shapes_of(x=x)}")
+            fail(ValueError, function, argument, rule, f"{shown(value)}, {shapes_of(x=x)}")
         spatial = len(value)
     else:
         integer(function, argument, value, 1)
@@ -355,7 +354,7 @@ def norm_type(function: str, value: object) -> float:
     """Check the exponent of a norm: a finite number above 0."""
     p = number(function, "norm_type", value)
     if p <= 0:
-        fail(ValueError, function, "norm_type", "be above 0", show(value))
+        fail(ValueError, function, "norm_type", "be above 0", shown(value))
     return p
 
 

@@ -227,7 +227,9 @@ def _precision(dtype: Any) -> tuple[float, float, float, float]:
     if name == "bfloat16":  # the exponents of float32 and 8 bits of precision
         return 2.0**-8, float(single.eps) / 2, float(single.max), float(single.tiny)
     if name not in ("float64", "float32", "float16"):
-        raise TypeError(f"error_bound: dtype must be 'float64', 'float32', 'float16' or 'bfloat16'; got {dtype!r}")
+        raise TypeError(
+            f"error_bound: dtype must be 'float64', 'float32', 'float16' or 'bfloat16'; got {backend.shown(dtype)}"
+        )
     info = np.finfo(name)
     sums = max(info, single, key=lambda i: i.precision)
     # GPUs flush what is below the smallest normal number of float32 to 0, but not of float16.

@@ -76,7 +76,7 @@ def check_gradients(
     AssertionError: check_gradients: dx is wrong in 2 of 2 elements; worst at [1]: analytic ..., numeric ...
     """
     if not backend.is_number(rtol, numbers.Real) or not 0 <= rtol < 1:
-        raise ValueError(f"check_gradients: rtol must be a number in [0, 1); got {rtol!r}")
+        raise ValueError(f"check_gradients: rtol must be a number in [0, 1); got {backend.shown(rtol)}")
     rng = np.random.default_rng(seed)
     slots = _slots(f, arrays, options)
     before = {slot.name: slot.value for slot in slots}
