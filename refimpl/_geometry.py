@@ -46,6 +46,12 @@ class Window(NamedTuple):
         """The same windows over the elements and their padding, as if the padding were elements."""
         return self._replace(size=self.low + self.size + self.high, low=0, high=0)
 
+    def elements(self, o: int) -> slice:
+        """Return the elements that window `o` reads."""
+        begin = o * self.stride - self.low
+        first = begin + max(0, -(begin // self.dilation)) * self.dilation
+        return slice(first, min(self.size, begin + self.extent), self.dilation)
+
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.
 
@@ -94,6 +100,10 @@ class AdaptiveWindow(NamedTuple):
     out: int
     """How many windows there are."""
 
+    def elements(self, o: int) -> slice:
+        """Return the elements that window `o` reads."""
+        return slice(o * self.size // self.out, -(-(o + 1) * self.size // self.out))
+
     @property
     def padded(self) -> "AdaptiveWindow":
         """The same windows: there is no padding."""
@@ -103,19 +113,26 @@ class AdaptiveWindow(NamedTuple):
         """Yield `(k, reads, writes)` for every tap of every family, in the order of the taps: see `Window.tap`."""
         families = self.out // math.gcd(self.size, self.out)
         stride = self.size * families // self.out
-        firsts = range(start, min(stop, start + families))
-        begins = [o * self.size // self.out for o in firsts]
-        ends = [-(-(o + 1) * self.size // self.out) for o in firsts]
-        for k in range(max(e - b for b, e in zip(begins, ends, strict=True))):
-            for o, begin, end in zip(firsts, begins, ends, strict=True):
-                if begin + k < end:
+        windows = [(o, self.elements(o)) for o in range(start, min(stop, start + families))]
+        for k in range(max(window.stop - window.start for _, window in windows)):
+            for o, window in windows:
+                first = window.start + k
+                if first < window.stop:
                     count = len(range(o, stop, families))
-                    reads = slice(begin + k, begin + k + (count - 1) * stride + 1, stride)
-                    yield k, reads, slice(o - start, stop - start, families)
+                    yield (
+                        k,
+                        slice(first, first + (count - 1) * stride + 1, stride),
+                        slice(o - start, stop - start, families),
+                    )
 
 
 Windows = tuple[Window, ...]
 AnyWindows = Sequence[Window | AdaptiveWindow]
+
+
+def whole(windows: AnyWindows, outputs: Sequence[slice]) -> bool:
+    """Return whether the outputs are all that there are, so that what they read is read by no other tile."""
+    return all(o.stop - o.start == window.out for window, o in zip(windows, outputs, strict=True))
 
 
 Tap = tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]

@@ -8,7 +8,7 @@ from .backend import Array
 
 def select(real: Array | None, array: Array) -> Array:
     """Return the array with 0 where it is not real (None: everywhere it is)."""
-    return array if real is None else backend.namespace(array).where(real, array, 0.0)
+    return array if real is None else backend.select(real, array)
 
 
 def finite(x: Array) -> Array:

@@ -6,11 +6,14 @@ so padding never takes part.
 `...` any leading dimensions; `*S` the spatial sizes; `*O` how many windows there are along each.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from . import _windows, backend
-from ._geometry import AnyWindows, taps
+from ._geometry import AnyWindows, taps, whole
 from .backend import Array, Tile
 
 Divide = Callable[[Array, Tile], Array]
@@ -34,32 +37,26 @@ def largest(x: Array, windows: AnyWindows, with_indices: bool) -> tuple[Array, A
 
 def largest_backward(dout: Array, x: Array, windows: AnyWindows, indices: Array | None) -> Array:
     """Return the gradient of `sum(dout * largest(x))`: each window's goes to its first maximum."""
-    xp = backend.namespace(x)
     dx = backend.full(tuple(x.shape), 0, x)
 
-    def work(*tile: slice) -> Array:
-        return indices[tile] if indices is not None else _first(x, _maximum(x, windows, tile), windows, tile)
+    def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
+        lead, _ = split(tile, windows)
+        wins = _first_wins(x, windows, tile) if indices is None else _named_wins(x, windows, tile, indices)
+        for reads, place, won in wins:
+            yield (*lead, *reads), backend.select(won, dout[tile][place])
 
-    def collect(tile: Tile, found: Array) -> None:
-        lead, outputs = split(tile, windows)
-        for element, reads, writes in _elements(x, windows, outputs):
-            place = (..., *writes)
-            dx[(*lead, *reads)] += xp.where(found[place] == element, dout[tile][place], 0.0)
-
-    backend.run(work, tiles_of(x, windows), x, collect)
+    spread(work, dx, windows)
     return dx
 
 
 def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the sum over each window, divided: (..., *S) -> (..., *O)."""
+    xp = backend.namespace(x)
     out = backend.full(pooled_shape(x, windows), 0, x)
 
     def work(*tile: slice) -> None:
-        lead, outputs = split(tile, windows)
-        total = backend.full(sizes_of(tile), 0, x)
-        for _, reads, writes in taps(windows, outputs):
-            total[(..., *writes)] += x[(*lead, *reads)]
-        out[tile] = divide(total, outputs)
+        outputs = split(tile, windows)[1]
+        out[tile] = divide(_reduced(x, windows, tile, 0, operator.add, xp.sum), outputs)
 
     backend.run(work, tiles_of(x, windows), x)
     return out
@@ -69,29 +66,99 @@ def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) ->
     """Return the gradient of `sum(dout * mean(x))`: each window's is shared out among its elements."""
     dx = backend.full(tuple(x.shape), 0, x)
 
-    def work(*tile: slice) -> Array:
-        return divide(dout[tile], split(tile, windows)[1])
-
-    def collect(tile: Tile, share: Array) -> None:
+    def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
         lead, outputs = split(tile, windows)
-        for _, reads, writes in taps(windows, outputs):
-            dx[(*lead, *reads)] += share[(..., *writes)]
+        share = divide(dout[tile], outputs)
+        for reads, writes in _by_window(windows, outputs) or by_tap(windows, outputs):
+            yield (*lead, *reads), share[(..., *writes)]
 
-    backend.run(work, tiles_of(x, windows), x, collect)
+    spread(work, dx, windows)
     return dx
+
+
+def spread(work: Callable[..., Iterator[tuple[Tile, Array]]], dx: Array, windows: AnyWindows) -> None:
+    """Add up what `work` yields for each tile: `(where in dx, what)`.
+
+    On the threads where no other tile reaches the same elements, and else one after the other.
+    """
+
+    def add(parts: Iterable[tuple[Tile, Array]]) -> None:
+        for at, part in parts:
+            dx[at] += part
+
+    def add_or_keep(*tile: slice) -> list[tuple[Tile, Array]]:
+        if whole(windows, split(tile, windows)[1]):
+            add(work(*tile))
+            return []
+        return list(work(*tile))
+
+    backend.run(add_or_keep, tiles_of(dx, windows), dx, lambda _, parts: add(parts))
+
+
+def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:
+    """Yield what each tap of all windows reads, and for which outputs."""
+    for _, reads, writes in taps(windows, outputs):
+        yield reads, writes
+
+
+def _by_window(windows: AnyWindows, outputs: Tile) -> list[tuple[Tile, Tile]] | None:
+    """Return what each window reads, and its output; None if there are fewer taps than windows."""
+    most = math.prod(o.stop - o.start for o in outputs)
+    first = math.prod(len(range(*w.elements(o.start).indices(w.size))) for w, o in zip(windows, outputs, strict=True))
+    if first <= 4 * most:
+        return None
+    along = [
+        [(w.elements(i), slice(i - o.start, i - o.start + 1)) for i in range(o.start, o.stop)]
+        for w, o in zip(windows, outputs, strict=True)
+    ]
+    return [tuple(zip(*found, strict=True)) for found in itertools.product(*along)]
+
+
+def _reduced(
+    x: Array,
+    windows: AnyWindows,
+    tile: Tile,
+    start: float,
+    combine: Callable[[Array, Array], Array],
+    reduce: Callable[..., Array],
+) -> Array:
+    """Return a reduction of each window of the tile: over its taps, or at once where few windows hold many elements."""
+    lead, outputs = split(tile, windows)
+    result = backend.full(sizes_of(tile), start, x)
+    large = _by_window(windows, outputs)
+    for reads, writes in large or ():
+        axes = tuple(range(-len(windows), 0))
+        result[(..., *writes)] = reduce(x[(*lead, *reads)], axis=axes, keepdims=True)
+    for reads, writes in by_tap(windows, outputs) if large is None else ():
+        place = (..., *writes)
+        result[place] = combine(result[place], x[(*lead, *reads)])
+    return result
 
 
 def _maximum(x: Array, windows: AnyWindows, tile: Tile) -> Array:
     """Return the maximum of each window of the tile, NaN if there is one in it."""
     xp = backend.namespace(x)
-    lead, outputs = split(tile, windows)
-    floating = xp.isdtype(x.dtype, "real floating")
     # A value that every element is at least as large as; every window holds an element, so it never shows.
-    best = backend.full(sizes_of(tile), -math.inf if floating else xp.iinfo(x.dtype).min, x)
-    for _, reads, writes in taps(windows, outputs):
-        place = (..., *writes)
-        best[place] = xp.maximum(best[place], x[(*lead, *reads)])
-    return best
+    least = -math.inf if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
+    return _reduced(x, windows, tile, least, xp.maximum, xp.max)
+
+
+def _first_wins(x: Array, windows: AnyWindows, tile: Tile) -> Iterator[tuple[Tile, Any, Array]]:
+    """Yield, for each tap, `(reads, place, won)`: whether it is the first that is the maximum of its window, or NaN."""
+    lead, outputs = split(tile, windows)
+    best = _maximum(x, windows, tile)
+    open_ = backend.full(sizes_of(tile), 1, x, backend.namespace(x).bool)
+    for reads, writes in by_tap(windows, outputs):
+        place, value = (..., *writes), x[(*lead, *reads)]
+        won = ((value == best[place]) | (value != value)) & open_[place]
+        open_[place] ^= won
+        yield reads, place, won
+
+
+def _named_wins(x: Array, windows: AnyWindows, tile: Tile, indices: Array) -> Iterator[tuple[Tile, Any, Array]]:
+    """Yield, for each tap, `(reads, place, won)`: whether it is the one that the indices name."""
+    for element, reads, writes in _elements(x, windows, split(tile, windows)[1]):
+        yield reads, (..., *writes), indices[tile][(..., *writes)] == element
 
 
 def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import _checks, _masked, _windows, backend
-from ._geometry import Windows
+from ._geometry import Windows, whole
 from .backend import Array, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
@@ -327,13 +327,18 @@ def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bia
     weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
     weight_t = xp.matrix_transpose(weight_g)
 
-    def work(n: slice, *o: slice) -> Array:
+    def work(n: slice, *o: slice) -> Array | None:
         part = dout[(n, ..., *o)]
         dcolumns = weight_t @ _grouped(part, groups, weight_g.shape[1])  # (G, I*T, J) @ (N, G, J, P)
-        return xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
+        dcolumns = xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
+        if not whole(windows, o):  # other tiles add to the same elements: in turn
+            return dcolumns
+        _windows.add_back(dcolumns, dx, (n,), windows, o)
+        return None
 
-    def collect(tile: Tile, dcolumns: Array) -> None:
-        _windows.add_back(dcolumns, dx, tile[:1], windows, tile[1:])
+    def collect(tile: Tile, dcolumns: Array | None) -> None:
+        if dcolumns is not None:
+            _windows.add_back(dcolumns, dx, tile[:1], windows, tile[1:])
 
     backend.run(work, _tiles(dx, weight, windows), dout, collect)
     return dx

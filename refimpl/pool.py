@@ -3,10 +3,10 @@
 `...` any leading dimensions; `*S` the spatial sizes; `*O` how many windows there are along each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import _checks, _pooling, backend
-from ._geometry import Windows, taps
+from ._geometry import Windows
 from .backend import Array, Tile
 
 __all__ = ["avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward", "max_pool", "max_pool_backward"]
@@ -365,22 +365,20 @@ def lp_pool_backward(
     p = _exponent(p, wide)
     dx = backend.full(tuple(wide.shape), 0, wide)
 
-    def work(*tile: slice) -> tuple[Array, Array]:
-        unit, total = _powers(wide, p, windows, tile)
-        return unit, total ** (1 / p)
-
-    def collect(tile: Tile, found: tuple[Array, Array]) -> None:
+    def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
         lead, outputs = _pooling.split(tile, windows)
-        for _, reads, writes in taps(windows, outputs):
+        units, total = _powers(wide, p, windows, tile)
+        norms = total ** (1 / p)  # in the units
+        for reads, writes in _pooling.by_tap(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
-            unit, norm = (array[place] for array in found)  # the norm in the unit
+            unit, norm = units[place], norms[place]
             if p < 1:  # a quotient that vanishes would be an inf here; that of the fourth roots does not
                 slope = (unit**0.25 / xp.abs(part) ** 0.25) ** (4 * (1 - p)) * norm ** (1 - p)
             else:
                 slope = (xp.abs(part) / unit / norm) ** (p - 1)
-            dx[(*lead, *reads)] += xp.where(part != 0, xp.sign(part) * slope * dout[tile][place], 0.0)
+            yield (*lead, *reads), backend.select(part != 0, xp.sign(part) * slope * dout[tile][place])
 
-    backend.run(work, _pooling.tiles_of(wide, windows), wide, collect)
+    _pooling.spread(work, dx, windows)
     return backend.rounded(dx, like=x)
 
 
@@ -398,11 +396,11 @@ def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Ar
     xp = backend.namespace(x)
     lead, outputs = _pooling.split(tile, windows)
     unit, total = (backend.full(_pooling.sizes_of(tile), 0, x) for _ in range(2))
-    for _, reads, writes in taps(windows, outputs):
+    for reads, writes in _pooling.by_tap(windows, outputs):
         place = (..., *writes)
         unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))
     unit = xp.where((unit > 0) & xp.isfinite(unit), unit, 1.0)
-    for _, reads, writes in taps(windows, outputs):
+    for reads, writes in _pooling.by_tap(windows, outputs):
         place = (..., *writes)
         total[place] += (xp.abs(x[(*lead, *reads)]) / unit[place]) ** p
     return unit, total
