@@ -32,8 +32,12 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     xp = backend.namespace(x)
     kept = (*(s.stop - s.start for s in lead), *x.shape[len(lead) : x.ndim - len(windows)])
     sizes = tuple(o.stop - o.start for o in outputs)
-    columns = backend.full((*kept, *(window.kernel for window in windows), *sizes), 0, x)
-    for k, reads, writes in taps(windows, outputs):
+    kernel = tuple(window.kernel for window in windows)
+    found = list(taps(windows, outputs))
+    if len(found) == 1 == math.prod(kernel) and all(w == slice(0, n) for w, n in zip(found[0][2], sizes, strict=True)):
+        return xp.reshape(x[(*lead, ..., *found[0][1])], (*kept, 1, *sizes))  # a view, as nothing is moved
+    columns = backend.full((*kept, *kernel, *sizes), 0, x)
+    for k, reads, writes in found:
         columns[(..., *k, *writes)] = x[(*lead, ..., *reads)]
     return xp.reshape(columns, (*kept, math.prod(window.kernel for window in windows), *sizes))
 

@@ -20,6 +20,8 @@ from .backend import Array, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
 
+_MANY = 1024  # windows, from which on it pays to multiply each line of taps by itself
+
 Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
 
@@ -300,23 +302,77 @@ def conv_transpose_backward(
     return backend.rounded(grads, like=x)
 
 
+class _Step(NamedTuple):
+    """Taps that are multiplied at once."""
+
+    weight: Array
+    """(G, J, I*T)"""
+    taps: slice
+    """Which ones, along the first spatial dimension."""
+    shift: int
+    """How far along that dimension they read beyond the first step."""
+
+
+def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[_Step]]:
+    """Return the windows to gather, and the products that make a convolution of what they gather.
+
+    With a stride of 1, what a tap along the first dimension reads is what the first reads, some elements further on. So
+    that dimension is not gathered: one product for each of its taps takes a shifted view. That saves most of the
+    passes over memory (of a 3x3 kernel, two of three), which cost as much as the products.
+    """
+    xp = backend.namespace(weight)
+    first = windows[0]
+    rows = (
+        math.prod(weight.shape[1:]) // first.kernel
+    )  # that need not be copied for each further tap, but results added
+    shared = first.stride == 1 and 1 < first.extent <= first.out and rows >= 2 * weight.shape[0] // groups
+    shared = shared and math.prod(w.out for w in windows) >= _MANY
+    if shared:
+        line = first._replace(kernel=1, dilation=1, out=first.out + first.extent - 1)
+        windows = (line, *windows[1:])
+    steps = []
+    for k in range(first.kernel if shared else 1):
+        which = slice(k, k + 1) if shared else slice(0, first.kernel)
+        part = weight[:, :, which, ...]
+        part = xp.reshape(part, (groups, -1, math.prod(part.shape[1:])))
+        steps.append(_Step(part, which, k * first.dilation if shared else 0))
+    return windows, steps
+
+
+def _reach(o: Tile, steps: list[_Step]) -> Tile:
+    """Return what all steps read of what is gathered, for the windows `o`."""
+    return (slice(o[0].start, o[0].stop + steps[-1].shift), *o[1:])
+
+
+def _part(columns: Array, step: _Step, o: Tile, groups: int) -> Array:
+    """Return what one step reads of gathered columns (N, G*I, T, *O): (N, G, I*T, P)."""
+    lines = slice(step.shift, step.shift + o[0].stop - o[0].start)
+    taken = columns[(slice(None), slice(None), slice(None), lines, ...)]
+    return _grouped(taken, groups, step.weight.shape[2])
+
+
 def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
     """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
     xp = backend.namespace(x)
     out = _biased((x.shape[0], weight.shape[0], *(w.out for w in windows)), bias, like=x)
-    weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
     meets_padding = _meets_padding(weight, windows)
+    gathered, steps = _steps(weight, windows, groups)
 
     def work(n: slice, *o: slice) -> None:
-        columns = _grouped(_windows.gather(x, (n,), windows, o), groups, weight_g.shape[2])
+        columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
         if meets_padding:
-            real = _grouped(_windows.gather(_everywhere(x), (n,), windows, o), groups, weight_g.shape[2])
-            product = _masked.matmul(weight_g, columns, b_real=real)
-        else:
-            product = weight_g @ columns  # (G, J, I*T) @ (N, G, I*T, P)
-        out[(n, ..., *o)] += xp.reshape(product, out[(n, ..., *o)].shape)
+            real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
+        at = (n, ..., *o)
+        product = 0.0
+        for step in steps:  # (G, J, I*T) @ (N, G, I*T, P)
+            part = _part(columns, step, o, groups)
+            if meets_padding:
+                product += _masked.matmul(step.weight, part, b_real=_part(real, step, o, groups))
+            else:
+                product += step.weight @ part
+        out[at] += xp.reshape(product, out[at].shape)
 
-    backend.run(work, _tiles(x, weight, windows), x)
+    backend.run(work, _tiles(x, weight, windows, gathered), x)
     return out
 
 
@@ -340,7 +396,7 @@ def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bia
         if dcolumns is not None:
             _windows.add_back(dcolumns, dx, tile[:1], windows, tile[1:])
 
-    backend.run(work, _tiles(dx, weight, windows), dout, collect)
+    backend.run(work, _tiles(dx, weight, windows, windows), dout, collect)
     return dx
 
 
@@ -348,23 +404,31 @@ def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, g
     """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`."""
     xp = backend.namespace(x)
     dweight = backend.full(tuple(weight.shape), 0, x)
-    rows, columns_in = weight.shape[0] // groups, math.prod(weight.shape[1:])
     meets_padding = _meets_padding(dout, windows)
+    gathered, steps = _steps(weight, windows, groups)
 
-    def work(n: slice, *o: slice) -> Array:
-        columns = _grouped(_windows.gather(x, (n,), windows, o), groups, columns_in)
-        douts, columns_t = _grouped(dout[(n, ..., *o)], groups, rows), xp.matrix_transpose(columns)
+    def work(n: slice, *o: slice) -> list[Array]:
+        columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
         if meets_padding:
-            real = _grouped(_windows.gather(_everywhere(x), (n,), windows, o), groups, columns_in)
-            product = _masked.matmul(douts, columns_t, b_real=xp.matrix_transpose(real))
-        else:
-            product = douts @ columns_t  # (N, G, J, P) @ (N, G, P, I*T)
-        return xp.sum(product, axis=0)
+            real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
+        douts = _grouped(dout[(n, ..., *o)], groups, weight.shape[0] // groups)
+        products = []
+        for step in steps:  # (N, G, J, P) @ (N, G, P, I*T)
+            columns_t = xp.matrix_transpose(_part(columns, step, o, groups))
+            if meets_padding:
+                real_t = xp.matrix_transpose(_part(real, step, o, groups))
+                product = _masked.matmul(douts, columns_t, b_real=real_t)
+            else:
+                product = douts @ columns_t
+            products.append(xp.sum(product, axis=0))
+        return products
 
-    def collect(_: Tile, product: Array) -> None:
-        dweight[...] += xp.reshape(product, dweight.shape)
+    def collect(_: Tile, products: list[Array]) -> None:
+        for step, product in zip(steps, products, strict=True):
+            at = (slice(None), slice(None), step.taps, ...)
+            dweight[at] += xp.reshape(product, dweight[at].shape)
 
-    backend.run(work, _tiles(x, weight, windows), x, collect)
+    backend.run(work, _tiles(x, weight, windows, gathered), x, collect)
     return dweight
 
 
@@ -408,9 +472,9 @@ def _sum_of_channels(dout: Array) -> Array:
     return dbias
 
 
-def _tiles(x: Array, weight: Array, windows: Windows) -> Iterator[Tile]:
+def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iterator[Tile]:
     """Cut batch and windows into tiles; a window costs its columns and what comes out of them."""
-    per_window = x.shape[1] * math.prod(w.kernel for w in windows) + weight.shape[0]
+    per_window = x.shape[1] * math.prod(w.kernel for w in gathered) + weight.shape[0]
     return backend.tiles((x.shape[0], *(w.out for w in windows)), per_window * backend.itemsize(x))
 
 
