@@ -345,6 +345,11 @@ def quiet(like: Array) -> Iterator[None]:
         yield
 
 
+def tile_bytes() -> int:
+    """Return how large the working set of a tile may be."""
+    return _LIMITS.get().tile_bytes
+
+
 def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:
     """Cut an index space into tiles, so that the items of one need about `tile_bytes`.
 

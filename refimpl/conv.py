@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import _checks, _masked, _windows, backend
-from ._geometry import Windows, whole
+from ._geometry import Windows
 from .backend import Array, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
 
 _MANY = 1024  # windows, from which on it pays to multiply each line of taps by itself
+_ROWS = 32  # of a matrix, from which on a product is as fast as any
 
 Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
@@ -377,26 +378,44 @@ def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Arr
 
 
 def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
-    """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S)."""
+    """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
+
+    Cut into channels, tiles share no element of the result, so that the threads can add to it; into windows if a plane
+    of columns is too large for that, and then the tiles take turns.
+    """
     xp = backend.namespace(dout)
-    dx = _biased((dout.shape[0], weight.shape[1] * groups, *(w.size for w in windows)), bias, like=dout)
-    weight_g = xp.reshape(weight, (groups, -1, math.prod(weight.shape[1:])))  # (G, J, I*T)
-    weight_t = xp.matrix_transpose(weight_g)
+    batch, planes = dout.shape[0], weight.shape[1]
+    dx = _biased((batch, planes * groups, *(w.size for w in windows)), bias, like=dout)
+    dx_g = xp.reshape(dx, (batch, groups, planes, *dx.shape[2:]))
+    outs = tuple(w.out for w in windows)
+    weight_g = xp.reshape(weight, (groups, -1, planes, math.prod(weight.shape[2:])))  # (G, J, I, T)
 
-    def work(n: slice, *o: slice) -> Array | None:
-        part = dout[(n, ..., *o)]
-        dcolumns = weight_t @ _grouped(part, groups, weight_g.shape[1])  # (G, I*T, J) @ (N, G, J, P)
-        dcolumns = xp.reshape(dcolumns, (part.shape[0], dx.shape[1], -1, *part.shape[2:]))  # (N, G*I, T, *O)
-        if not whole(windows, o):  # other tiles add to the same elements: in turn
-            return dcolumns
-        _windows.add_back(dcolumns, dx, (n,), windows, o)
-        return None
+    def columns(n: slice, g: slice, i: slice, o: Tile) -> Array:
+        """Return the columns of the tile: (N, G, I, T, *O)."""
+        part = weight_g[g, :, i, :]
+        douts = _grouped(dout[(n, ..., *o)], groups, part.shape[1])[:, g, ...]  # (N, G, J, P)
+        part_t = xp.matrix_transpose(xp.reshape(part, (*part.shape[:2], -1)))  # (G, I*T, J)
+        product = part_t @ douts if part.shape[1] > 1 else part_t * douts
+        return xp.reshape(product, (*product.shape[:2], *part.shape[2:], *(s.stop - s.start for s in o)))
 
-    def collect(tile: Tile, dcolumns: Array | None) -> None:
-        if dcolumns is not None:
-            _windows.add_back(dcolumns, dx, tile[:1], windows, tile[1:])
+    def of_channels(n: slice, g: slice, i: slice) -> None:
+        everything = tuple(slice(0, out) for out in outs)
+        _windows.add_back(columns(n, g, i, everything), dx_g, (n, g, i), windows, everything)
 
-    backend.run(work, _tiles(dx, weight, windows, windows), dout, collect)
+    def of_windows(n: slice, *o: slice) -> Array:
+        return columns(n, slice(0, groups), slice(0, planes), o)
+
+    def collect(tile: Tile, dcolumns: Array) -> None:
+        lead = (tile[0], slice(0, groups), slice(0, planes))
+        _windows.add_back(dcolumns, dx_g, lead, windows, tile[1:])
+
+    taps = weight_g.shape[3]
+    plane_bytes = taps * math.prod(outs) * backend.itemsize(dout)
+    channels = backend.tile_bytes() // max(1, plane_bytes)
+    if channels >= planes or channels * taps >= _ROWS:
+        backend.run(of_channels, backend.tiles((batch, groups, planes), plane_bytes), dout)
+    else:
+        backend.run(of_windows, _tiles(dx, weight, windows, windows), dout, collect)
     return dx
 
 
