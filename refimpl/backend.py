@@ -40,6 +40,7 @@ class _Limits(NamedTuple):
 
 
 _DEFAULTS = _Limits(threads=None, tile_bytes=4 << 20)
+_LEAST_TILE, _LEAST_TILES = 1 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
 _AHEAD_BYTES = 96 << 20  # of results that wait for their turn
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
@@ -358,7 +359,9 @@ def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:
     """
     if 0 in shape:
         return
-    room = max(1, _LIMITS.get().tile_bytes // max(1, item_bytes))
+    items = math.prod(shape)
+    share = max(_LEAST_TILE, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
+    room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
     steps = []
     for size in reversed(shape):
         steps.append(min(size, room))
