@@ -11,6 +11,13 @@ import refimpl
 from refimpl.testing import check_gradients
 from refimpl.testing.strategies import EVERY_OP
 
+SHORT = {  # as a numeric derivative is a call for each element
+    "adaptive_avg_pool": {"ranks": (1, 2)},
+    "adaptive_max_pool": {"ranks": (1, 2)},
+    "scaled_dot_product_attention": {"lengths": (1, 2, 3, 0)},
+    "attention_weights": {"lengths": (1, 2, 3, 0)},
+    "multi_head_attention": {"lengths": (1, 2, 3, 0), "features": (1, 2)},
+}
 LAYOUTS = ("contiguous", "transposed", "strided", "reversed", "broadcast", "readonly")
 each_op = pytest.mark.parametrize("op", EVERY_OP)
 
@@ -51,7 +58,7 @@ def same(left, right):
 @each_op
 @given(data=st.data())
 def test_gradient_is_the_derivative(backend, op, data):
-    case = data.draw(EVERY_OP[op]())
+    case = data.draw(EVERY_OP[op](**SHORT.get(op, {})))
     arrays, options = backend.arrays((case.arrays, case.options))
     check_gradients(case.f, case.f_backward, *arrays, **options)
 
