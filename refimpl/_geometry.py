@@ -52,6 +52,12 @@ class Window(NamedTuple):
         first = begin + max(0, -(begin // self.dilation)) * self.dilation
         return slice(first, min(self.size, begin + self.extent), self.dilation)
 
+    def reach(self, start: int, stop: int) -> slice:
+        """Return the range of elements that the windows in `[start, stop)` read from."""
+        return slice(
+            max(0, start * self.stride - self.low), min(self.size, (stop - 1) * self.stride - self.low + self.extent)
+        )
+
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.
 
@@ -103,6 +109,10 @@ class AdaptiveWindow(NamedTuple):
     def elements(self, o: int) -> slice:
         """Return the elements that window `o` reads."""
         return slice(o * self.size // self.out, -(-(o + 1) * self.size // self.out))
+
+    def reach(self, start: int, stop: int) -> slice:
+        """Return the range of elements that the windows in `[start, stop)` read from."""
+        return slice(self.elements(start).start, self.elements(stop - 1).stop)
 
     @property
     def padded(self) -> "AdaptiveWindow":

@@ -9,7 +9,7 @@ so padding never takes part.
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _windows, backend
@@ -79,20 +79,27 @@ def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) ->
 def spread(work: Callable[..., Iterator[tuple[Tile, Array]]], dx: Array, windows: AnyWindows) -> None:
     """Add up what `work` yields for each tile: `(where in dx, what)`.
 
-    On the threads where no other tile reaches the same elements, and else one after the other.
+    At once where no other tile reaches the same elements, and else beside dx, to be added one tile after the other.
     """
 
-    def add(parts: Iterable[tuple[Tile, Array]]) -> None:
-        for at, part in parts:
-            dx[at] += part
+    def add(*tile: slice) -> tuple[Tile, Array] | None:
+        lead, outputs = split(tile, windows)
+        if whole(windows, outputs):
+            for at, part in work(*tile):
+                dx[at] += part
+            return None
+        region = tuple(w.reach(o.start, o.stop) for w, o in zip(windows, outputs, strict=True))
+        total = backend.full(sizes_of((*lead, *region)), 0, dx)
+        for at, part in work(*tile):
+            reads = zip(at[len(lead) :], region, strict=True)
+            total[(..., *(slice(s.start - r.start, s.stop - r.start, s.step) for s, r in reads))] += part
+        return (*lead, *region), total
 
-    def add_or_keep(*tile: slice) -> list[tuple[Tile, Array]]:
-        if whole(windows, split(tile, windows)[1]):
-            add(work(*tile))
-            return []
-        return list(work(*tile))
+    def collect(_: Tile, found: tuple[Tile, Array] | None) -> None:
+        if found is not None:
+            dx[found[0]] += found[1]
 
-    backend.run(add_or_keep, tiles_of(dx, windows), dx, lambda _, parts: add(parts))
+    backend.run(add, tiles_of(dx, windows), dx, collect)
 
 
 def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:

@@ -31,6 +31,20 @@ def test_a_tap_reads_the_elements_that_the_formula_says(window, data):
         assert dict(pairs) == expected
 
 
+@given(window=windows(), data=st.data())
+def test_the_reach_of_windows_holds_all_that_their_taps_read(window, data):
+    if window.out < 1 or window.first_empty() is not None:
+        return
+    start = data.draw(st.integers(0, window.out - 1))
+    stop = data.draw(st.integers(start + 1, window.out))
+    read = {i for _, reads, _ in window.taps(start, stop) for i in range(window.size)[reads]}
+    reach = window.reach(start, stop)
+    assert 0 <= reach.start <= min(read) <= max(read) < reach.stop <= window.size
+    assert {i for _, reads, _ in window.taps(start, start + 1) for i in range(window.size)[reads]} == set(
+        range(window.size)[window.elements(start)]
+    )
+
+
 @given(window=windows())
 def test_the_first_empty_window(window):
     if window.out < 1:
