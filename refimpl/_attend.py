@@ -168,7 +168,8 @@ def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -
     """Write the output and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
     v = take(call.value, (*tile[:-1], keys))
-    out[...] = weighted_sum(call, _dropped(call, tile, keys, found.e), found.seen, v) / found.total
+    p = _masked.select(found.seen, found.e / found.total)  # first: sums that are still to be divided may overflow
+    out[...] = weighted_sum(call, _dropped(call, tile, keys, p), found.seen, v)
     logsumexp[...] = found.logsumexp[..., 0]
 
 

@@ -146,9 +146,11 @@ def prepare(
 
 def _bounded(query: Array, key: Array, value: Array | None, bias: Array | None, scale: float, largest: float) -> bool:
     """Return whether nothing is NaN or inf, nor any score, which the sums of squares bound (Cauchy and Schwarz)."""
-    q, k, *others = (backend.sum_of_squares(array) for array in (query, key, value, bias) if array is not None)
+    q, k, *v = (backend.sum_of_squares(array) for array in (query, key, value) if array is not None)
     scaled = abs(scale) * math.sqrt(q)
-    return all(map(math.isfinite, others)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
+    bounded = all(map(math.isfinite, v)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
+    # Of a bias, -inf and what is added up to it do no harm: they hide.
+    return bounded and (bias is None or 0 in bias.shape or backend.largest(bias) < largest / 2)
 
 
 def _band(

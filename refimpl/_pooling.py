@@ -200,9 +200,10 @@ def divider(
     counts = _windows.counts([window.padded for window in windows] if count_include_pad else windows, x)
 
     def divide(total: Array, outputs: Tile) -> Array:
+        divisor = 1.0
         for d, (count, o) in enumerate(zip(counts, outputs, strict=True)):
-            total = total / backend.namespace(x).reshape(count[o], (-1, *(1 for _ in windows[d + 1 :])))
-        return total
+            divisor = divisor * backend.namespace(x).reshape(count[o], (-1, *(1 for _ in windows[d + 1 :])))
+        return total / divisor
 
     return divide
 

@@ -68,8 +68,7 @@ def append(heads: Array, token: Array | None, zero: bool) -> Array:
 def append_backward(dheads: Array, length: int, token: Array) -> Array:
     """Return the gradient of a token that came after the first `length` of every batch entry."""
     xp = backend.namespace(dheads)
-    with backend.quiet(dheads):
-        return xp.reshape(xp.sum(dheads[..., length, :], axis=tuple(range(dheads.ndim - 3))), token.shape)
+    return xp.reshape(xp.sum(dheads[..., length, :], axis=tuple(range(dheads.ndim - 3))), token.shape)
 
 
 def split(x: Array, num_heads: int) -> Array:

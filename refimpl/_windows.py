@@ -94,13 +94,12 @@ def fold_padding(dfilled: Array, windows: Windows, mode: str) -> Array:
     if mode == "zeros":
         return dfilled
     xp = backend.namespace(dfilled)
-    with backend.quiet(dfilled):
-        for to, origin in reversed(list(_copies(windows, mode))):
-            part = dfilled[to]
-            for d in range(part.ndim):
-                if dfilled[origin].shape[d] < part.shape[d]:  # one element, repeated
-                    part = xp.sum(part, axis=d, keepdims=True)
-            dfilled[origin] += part
+    for to, origin in reversed(list(_copies(windows, mode))):
+        part = dfilled[to]
+        for d in range(part.ndim):
+            if dfilled[origin].shape[d] < part.shape[d]:  # one element, repeated
+                part = xp.sum(part, axis=d, keepdims=True)
+        dfilled[origin] += part
     dx = backend.full((*dfilled.shape[: dfilled.ndim - len(windows)], *(w.size for w in windows)), 0, dfilled)
     dx[...] = dfilled[(..., *_inside(windows))]
     return dx

@@ -13,6 +13,7 @@ __all__ = ["adaptive_avg_pool", "adaptive_avg_pool_backward", "adaptive_max_pool
 Outputs = int | Sequence[int | None]
 
 
+@backend.op
 def adaptive_avg_pool(x: Array, output_size: Outputs) -> Array:
     """Take the mean over each of `output_size` windows that share out the elements.
 
@@ -56,6 +57,7 @@ def adaptive_avg_pool(x: Array, output_size: Outputs) -> Array:
     return backend.rounded(_pooling.mean(wide, windows, _pooling.divider(wide, windows)), like=x)
 
 
+@backend.op
 def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> Array:
     """Return the gradient of `sum(dout * adaptive_avg_pool(x, output_size))`.
 
@@ -91,6 +93,7 @@ def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> A
     return backend.rounded(_pooling.mean_backward(dout, wide, windows, _pooling.divider(wide, windows)), like=x)
 
 
+@backend.op
 def adaptive_max_pool(x: Array, output_size: Outputs, *, return_indices: bool = False) -> Array | tuple[Array, Array]:
     """Take the maximum over each of `output_size` windows that share out the elements.
 
@@ -141,6 +144,7 @@ def adaptive_max_pool(x: Array, output_size: Outputs, *, return_indices: bool = 
     return (out, indices) if return_indices else out
 
 
+@backend.op
 def adaptive_max_pool_backward(
     dout: Array, x: Array, output_size: Outputs, *, return_indices: bool = False, indices: Array | None = None
 ) -> Array:

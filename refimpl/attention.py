@@ -41,6 +41,7 @@ class AttentionWeightsGrads(NamedTuple):
     dsink: Array | None
 
 
+@backend.op
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -121,9 +122,9 @@ def scaled_dot_product_attention(
 
     without the tanh where there is no softcap, and without the sink where there is none.
 
-    What a hidden pair holds never matters: a NaN or inf there reaches neither the output nor a gradient. To see that,
-    one flag is read when an option hides pairs, which on a GPU waits for the device. float16 and bfloat16 are computed
-    in float32, from a copy, and rounded once.
+    What a hidden pair holds never matters: a NaN or inf there reaches neither the output nor a gradient. To see whether
+    there can be any, a few numbers are read when an option hides pairs, which on a GPU waits for the device. float16
+    and bfloat16 are computed in float32, from a copy, and rounded once.
 
     References
     ----------
@@ -152,6 +153,7 @@ def scaled_dot_product_attention(
     return (out, logsumexp) if return_logsumexp else out
 
 
+@backend.op
 def scaled_dot_product_attention_backward(
     dout: Array,
     query: Array,
@@ -237,6 +239,7 @@ def scaled_dot_product_attention_backward(
     return backend.rounded(AttentionGrads(*shaped), like=query)
 
 
+@backend.op
 def attention_weights(
     query: Array,
     key: Array,
@@ -299,6 +302,7 @@ def attention_weights(
     return (weights, logsumexp) if return_logsumexp else weights
 
 
+@backend.op
 def attention_weights_backward(
     dout: Array,
     query: Array,

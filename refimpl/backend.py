@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -31,6 +31,7 @@ Array: TypeAlias = Any
 
 Tile: TypeAlias = tuple[slice, ...]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -138,6 +139,20 @@ def is_number(value: object, kind: type = numbers.Integral) -> bool:
     """Return whether the value is an int, or a number of a kind (`numbers.Real`), of Python or NumPy, and no bool."""
     # NumPy registers timedelta64 as an integer, which it is not without a unit of time.
     return isinstance(value, kind) and not isinstance(value, bool | np.timedelta64)
+
+
+def op(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a public op of a function: it computes beside its first array, and no floating-point warning leaves it."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        cupy = sys.modules.get("cupy")
+        given: tuple[Any, ...] = (*args, *options.values())
+        on_device = [value.device for value in given if cupy is not None and type(value) is cupy.ndarray]
+        with on_device[0] if on_device else contextlib.nullcontext(), np.errstate(all="ignore"):
+            return function(*args, **options)
+
+    return call
 
 
 def is_array(value: object) -> bool:
@@ -263,11 +278,8 @@ def widened(*trees: Any) -> tuple[Any, ...]:
     """Return arrays (mappings of them, None) with those of a half type as float32, in which an op computes."""
 
     def widen(array: Array) -> Array:
-        if not is_half(array):
-            return array
-        with quiet(array):
-            xp = namespace(array)
-            return xp.astype(array, xp.float32)
+        xp = _placement(array)[0]
+        return xp.astype(array, xp.float32) if is_half(array) else array
 
     return tuple(mapped(widen, tree) for tree in trees)
 
@@ -276,9 +288,8 @@ def rounded(tree: T, like: Array) -> T:
     """Return results, computed from `widened` arguments, in the dtype of `like`: the one rounding of a half type."""
     if not is_half(like):
         return tree
-    xp = namespace(like)
-    with quiet(like):  # beyond the largest number of a half type lies inf
-        return cast(T, mapped(lambda array: xp.astype(array, like.dtype), tree))
+    xp = _placement(like)[0]
+    return cast(T, mapped(lambda array: xp.astype(array, like.dtype), tree))
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -332,6 +343,12 @@ def sum_of_squares(array: Array) -> float:
         return float((xp.reshape(array, (1, -1)) @ xp.reshape(array, (-1, 1)))[0, 0])
 
 
+def largest(array: Array) -> float:
+    """Return the largest element of an array that is not empty, NaN if there is one. Waits for the device."""
+    with quiet(array):
+        return float(namespace(array).max(array))
+
+
 def contiguous(array: Array) -> Array:
     """Return the array in row-major order, as a copy if it lies in another, where a backend knows of such order."""
     xp, _, context = _placement(array)
@@ -341,7 +358,7 @@ def contiguous(array: Array) -> Array:
 
 @contextlib.contextmanager
 def quiet(like: Array) -> Iterator[None]:
-    """Compute beside `like` and without floating-point warnings, as `run` does, what is no work for tiles."""
+    """Compute beside `like`, and without floating-point warnings."""
     with _placement(like)[2], np.errstate(all="ignore"):
         yield
 

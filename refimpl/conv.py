@@ -35,6 +35,7 @@ class ConvGrads(NamedTuple):
     dbias: Array | None
 
 
+@backend.op
 def conv(
     x: Array,
     weight: Array,
@@ -88,6 +89,8 @@ def conv(
     where `x` is 0 outside its range. A NaN or inf in `weight` does not meet that 0: padding contributes nothing. In the
     other padding modes what lies outside is a copy of an element, as real as the element.
 
+    To see whether there is one, a number is read where windows reach into padding, which on a GPU waits for the device.
+
     float16 and bfloat16 are computed in float32, from a copy, and rounded once.
 
     References
@@ -110,6 +113,7 @@ def conv(
     return backend.rounded(_unbatched(out, like=x), like=x)
 
 
+@backend.op
 def conv_backward(
     dout: Array,
     x: Array,
@@ -172,6 +176,7 @@ def conv_backward(
     return backend.rounded(grads, like=x)
 
 
+@backend.op
 def conv_transpose(
     x: Array,
     weight: Array,
@@ -243,6 +248,7 @@ def conv_transpose(
     return backend.rounded(_unbatched(out, like=x), like=x)
 
 
+@backend.op
 def conv_transpose_backward(
     dout: Array,
     x: Array,

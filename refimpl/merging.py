@@ -20,6 +20,7 @@ class MergeGrads(NamedTuple):
     dlogsumexps: Array
 
 
+@backend.op
 def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
     """Merge attention over parts of the keys into attention over all of them.
 
@@ -78,6 +79,7 @@ def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
     return backend.rounded(out, like=outs), logsumexp
 
 
+@backend.op
 def merge_attention_backward(
     dout: Array, outs: Array, logsumexps: Array, *, dlogsumexp: Array | None = None
 ) -> MergeGrads:

@@ -39,6 +39,7 @@ class MultiHeadGrads(NamedTuple):
     dsink: Array | None
 
 
+@backend.op
 def multi_head_attention(
     query: Array,
     key: Array,
@@ -123,7 +124,8 @@ def multi_head_attention(
     References
     ----------
     Vaswani et al., Attention is all you need, arXiv:1706.03762, section 3.2.2. `torch.nn.MultiheadAttention` of
-    PyTorch 2, with `batch_first=True`, agrees.
+    PyTorch 2, with `batch_first=True`, agrees on the output. Its masks are True where a pair is hidden, its weights are
+    those after dropout, and where it returns them, a query that sees no key makes NaN.
 
     Examples
     --------
@@ -153,11 +155,11 @@ def multi_head_attention(
         return out
     weights, _ = weigh(call)
     if average_weights:
-        with backend.quiet(weights):
-            weights = backend.namespace(weights).mean(weights, axis=-3)
+        weights = backend.namespace(weights).mean(weights, axis=-3)
     return out, backend.rounded(weights, like=query)
 
 
+@backend.op
 def multi_head_attention_backward(
     dout: Array,
     query: Array,

@@ -15,6 +15,7 @@ Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
 
 
+@backend.op
 def max_pool(
     x: Array,
     kernel_size: Ints,
@@ -84,6 +85,7 @@ def max_pool(
     return (out, indices) if return_indices else out
 
 
+@backend.op
 def max_pool_backward(
     dout: Array,
     x: Array,
@@ -137,6 +139,7 @@ def max_pool_backward(
     return backend.rounded(_pooling.largest_backward(dout, wide, windows, indices), like=x)
 
 
+@backend.op
 def avg_pool(
     x: Array,
     kernel_size: Ints,
@@ -199,6 +202,7 @@ def avg_pool(
     return backend.rounded(_pooling.mean(wide, windows, divide), like=x)
 
 
+@backend.op
 def avg_pool_backward(
     dout: Array,
     x: Array,
@@ -250,6 +254,7 @@ def avg_pool_backward(
     return backend.rounded(_pooling.mean_backward(dout, wide, windows, divide), like=x)
 
 
+@backend.op
 def lp_pool(
     x: Array,
     norm_type: float,
@@ -292,7 +297,7 @@ def lp_pool(
     ----------
     Gulcehre et al., Learned-norm pooling for deep feedforward and recurrent neural networks, arXiv:1311.1780. ONNX's
     `LpPool` agrees. `torch.nn.functional.lp_pool2d` (PyTorch 2) raises `x`, not `|x|`, to the power, which differs for
-    exponents that are not even.
+    exponents that are not even, and takes the mean times the size of the kernel in windows that hang over the end.
 
     Examples
     --------
@@ -314,6 +319,7 @@ def lp_pool(
     return backend.rounded(out, like=x)
 
 
+@backend.op
 def lp_pool_backward(
     dout: Array,
     x: Array,

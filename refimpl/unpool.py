@@ -16,6 +16,7 @@ Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
 
 
+@backend.op
 def max_unpool(
     x: Array,
     indices: Array,
@@ -84,6 +85,7 @@ def max_unpool(
     return backend.rounded(xp.reshape(out, (*x.shape[: x.ndim - len(sizes)], *sizes)), like=x)
 
 
+@backend.op
 def max_unpool_backward(
     dout: Array,
     x: Array,

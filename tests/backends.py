@@ -169,7 +169,7 @@ def patched_waits():
 
         return call
 
-    names = ("all_finite", "bounds", "to_numpy")
+    names = ("all_finite", "bounds", "largest", "sum_of_squares", "to_numpy")
     with mock.patch.multiple(refimpl.backend, **{name: waiting(getattr(refimpl.backend, name)) for name in names}):
         yield
 

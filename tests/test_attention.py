@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import oracles
 import pytest
@@ -511,3 +512,27 @@ def test_numbers_beyond_the_dtype_mean_what_they_say(dtype):
     capped = attention_backward(dout, query, key, values, softcap=1e50)
     for actual, expected in zip(capped[:3], attention_backward(dout, query, key, values)[:3], strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_mean_of_values_near_the_largest_is_one(dtype, hidden):
+    """No sum of values overflows where their weighted mean does not."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    large = float(ml_dtypes.finfo(dtype).max) * 0.6
+    values = np.full((4, 1), large).astype(dtype)
+    options = {"is_causal": True, "query_offset": 2} if hidden else {}
+    out = attention(np.zeros((1, 2), dtype), np.zeros((4, 2), dtype), values, **options)
+    np.testing.assert_allclose(out.astype(float), float(values[0, 0]), rtol=0.01)
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e30])
+def test_an_additive_mask_is_hidden_by_arithmetic(low):
+    """A bias of large negative numbers takes the quick path: it cannot make NaN of anything."""
+    from refimpl import _pairs
+
+    query, bias = normal(3, 2).astype(np.float32), np.where(np.eye(3, dtype=bool), 0, low).astype(np.float32)
+    assert _pairs._bounded(query, query, query, bias, 1.0, 3e38)
+    assert not _pairs._bounded(query, query, query, bias * np.float32(np.nan), 1.0, 3e38)
+    assert not _pairs._bounded(query, query, query, -bias, 1.0, 1e29)
+    np.testing.assert_allclose(attention(query, query, query, bias=bias), query, rtol=1e-6)

@@ -517,3 +517,23 @@ def test_padding_that_cannot_be_filled():
     assert refimpl.conv(x, weight, **options).shape == (1, 1, 3, 3)
     with pytest.raises(ValueError, match=r"^conv: padding must fill x up to at most \d+ elements with padding_mode="):
         refimpl.conv(x, weight, **options, padding_mode="replicate")
+
+
+@pytest.mark.parametrize("padding", ["same", "same_lower"])
+def test_same_sets_the_size_of_what_is_unpooled(padding):
+    with pytest.raises(ValueError, match=rf"^max_unpool: output_size must be left out with padding='{padding}'"):
+        refimpl.max_unpool(**VALID["max_unpool"], padding=padding, output_size=(10, 12))
+
+
+def test_weights_too_large_to_address():
+    vast = np.broadcast_to(0.0, (1, 2**31, 1))
+    with pytest.raises(ValueError, match=rf"^{MULTI_HEAD}: the result must have at most"):
+        refimpl.multi_head_attention(vast, vast, vast, num_heads=1, need_weights=True)
+
+
+def test_a_logsumexp_beside_half_types_is_float32():
+    outs = np.ones((2, 4, 5), dtype=np.float16)
+    with pytest.raises(
+        TypeError, match=r"^merge_attention: logsumexps must be of dtype float32, as a .* beside float16 is"
+    ):
+        refimpl.merge_attention(outs, np.ones((2, 4), dtype=np.float16))

@@ -203,6 +203,8 @@ def multi_head(
     result(function, arrays, (*batch, query.shape[-2], out_features))
     appended = int(flag(function, "add_zero_attn", add_zero_attn)) + int(params is not None and "bias_k" in params)
     scores = (*batch, heads, int(query.shape[-2]), int(key.shape[-2]))
+    if need_weights:
+        result(function, {}, (*scores[:-1], scores[-1] + appended))
     _options(function, query, scores, (*scores[:-1], scores[-1] + appended), **options)
     return Heads(heads, kv_heads, appended, scores)
 

@@ -96,7 +96,13 @@ def logsumexp(function: str, name: str, array: Array | None, like: Array, shape:
     xp = backend.common_namespace(function, {"out": like, name: array})
     due = xp.float32 if backend.is_half(like) else like.dtype
     if array.dtype != due:
-        fail(TypeError, function, name, f"be of dtype {due}, as a logsumexp beside {like.dtype} is", array.dtype)
+        fail(
+            TypeError,
+            function,
+            name,
+            f"be of dtype {'float32' if backend.is_half(like) else due}, as a logsumexp beside {like.dtype} is",
+            array.dtype,
+        )
     if tuple(array.shape) != tuple(shape):
         fail(ValueError, function, name, f"have the shape of the logsumexp, {tuple(shape)}", shapes_of(**{name: array}))
 

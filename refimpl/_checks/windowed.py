@@ -284,6 +284,9 @@ def max_unpool(
         transposed_window(x.shape[d - spatial], kernels[d], strides[d], 1, _pad(pads, d), 0).size
         for d in range(spatial)
     ]
+    if isinstance(pads, str) and pads != "valid" and output_size is not None:
+        rule = f"be left out with padding={pads!r}, which sets the size"
+        fail(ValueError, function, "output_size", rule, shown(output_size))
     outs = defaults if output_size is None else sizes(function, "output_size", output_size, spatial, 1)
     for d, (out, default) in enumerate(zip(outs, defaults, strict=True)):
         if out < 1:

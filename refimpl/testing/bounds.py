@@ -143,7 +143,7 @@ def _reference(
     given = {"arrays": arrays, "options": options}
     floating = [array for _, array in _leaves(given) if backend.is_array(array) and backend.is_floating(array)]
     if not floating:
-        raise TypeError("error_bound: arrays must hold a floating array; got none")
+        raise TypeError("error_bound: arrays must hold a floating array, as integers are exact; got none")
     unit, unit_of_sums, _, smallest = _precision(str(floating[0].dtype) if dtype is None else dtype)
     rng = np.random.default_rng(seed)
 
