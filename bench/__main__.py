@@ -1,99 +1,95 @@
-"""Time every backend that is present, and textbook NumPy, on the same work: `python -m bench`.
+"""Compare the speed of refimpl on its backends, textbook NumPy and the frameworks that are present: `python -m bench`.
 
-Each contestant runs in a process of its own, in alternating rounds; what counts is the median over the rounds of the
-median within one, and the spread (the range over the rounds, relative to the median).
+Each contestant runs in a process of its own, all with the same number of threads, in alternating rounds. What counts is
+the median over the rounds of the median within one; the spread is the range over the rounds, relative to that median.
+Before it is timed, every result is compared with refimpl's. `measure.py` says how time and memory are measured,
+`own.py` and `peers.py` what exactly is timed of each, `workloads.py` how FLOPs and bytes are counted. The ceiling is
+one square `np.matmul` of the same FLOPs, or for pooling one `np.copyto` of the same bytes, with the same number of
+threads (`copyto` uses one).
 """
 
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
-import timeit
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from threadpoolctl import threadpool_info
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.workloads import QUICK, WORKLOADS, calls, contestants
-
-
-def time_one(contestant: str, names: list[str], repeat: int) -> dict[str, float]:
-    """Return the median seconds of each call, after one to warm up."""
-    seconds = {}
-    for workload in WORKLOADS:
-        if workload.name in names:
-            for direction, call in calls(contestant, workload).items():
-                call()
-                times = timeit.repeat(call, number=1, repeat=repeat)
-                seconds[f"{workload.name}, {direction}"] = statistics.median(times)
-    return seconds
+from bench import report
+from bench.runner import ALWAYS, CEILINGS, CONTESTANTS, run
+from bench.workloads import LADDERS, QUICK, WORKLOADS
 
 
-def time_in_a_process(contestant: str, names: list[str], repeat: int) -> dict[str, float]:
-    """Run `time_one` in a new process, where OpenBLAS chooses its kernels itself."""
-    command = [sys.executable, "-m", "bench", "--only", contestant, "--repeat", str(repeat), "--ops", *names]
-    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
-    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-    return json.loads(printed)
+def arguments(args: list[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
+    peers = [name for name in CONTESTANTS if name not in ALWAYS + CEILINGS]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument(
+        "--ops", nargs="+", metavar="WORD", help="only workloads whose name or op contains one of these"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", choices=peers, default=peers, help="who is compared with refimpl on NumPy"
+    )
+    parser.add_argument("--quick", action="store_true", help="three small workloads, one short round")
+    parser.add_argument("--threads", type=int, default=cores, help=f"for every contestant ({cores})")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each contestant gets its turn (5)")
+    parser.add_argument("--budget", type=float, default=0.2, help="seconds a turn should take (0.2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="time growing sizes, too, and save pictures")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the ratios to an older run")
+    parser.add_argument("--show", type=Path, metavar="RUN.json", help="time nothing: show this run")
+    return parser.parse_args(args)
 
 
-def table(rounds: dict[str, dict[str, list[float]]], who: list[str]) -> Table:
-    """Return the medians side by side; the ratio is to refimpl on numpy."""
-    result = Table("milliseconds (spread)", *who, *(f"{name} / {who[0]}" for name in who[1:]))
-    for work, by_contestant in rounds.items():
-        medians = {name: statistics.median(seconds) for name, seconds in by_contestant.items()}
-        cells = []
-        for name in who:
-            if name in medians:
-                spread = (max(by_contestant[name]) - min(by_contestant[name])) / medians[name]
-                cells.append(f"{1e3 * medians[name]:.2f} ({spread:.0%})")
-            else:
-                cells.append("-")
-        ratios = [f"{medians[name] / medians[who[0]]:.2f}" if name in medians else "-" for name in who[1:]]
-        result.add_row(work, *cells, *ratios)
-    return result
+def measured(args: argparse.Namespace) -> report.Run:
+    """Run what the arguments ask for, and show the progress."""
+    workloads = [work for work in WORKLOADS if not args.quick or args.ops or work.name in QUICK]
+    if args.plot:
+        workloads += [work for work in LADDERS if not args.quick or work.size <= 128]
+    if args.ops:
+        workloads = [work for work in workloads if any(word in f"{work.name} {work.op}" for word in args.ops)]
+    if not workloads:
+        raise SystemExit(f"no workload has any of {args.ops} in its name: {[work.name for work in WORKLOADS]}")
+    ceilings = [name for name in CEILINGS if name in ALWAYS or "refimpl-cupy" in args.peers]
+    names = [name for name in CONTESTANTS if name in ("refimpl", *args.peers, *ceilings)]
+    rounds, budget = (1, 0.02) if args.quick else (args.rounds, args.budget)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("start")
 
+        def tell(text: str, done: int, total: int) -> None:
+            progress.update(task, description=text, completed=done, total=total)
 
-def machine() -> dict[str, object]:
-    """Return what the figures depend on."""
-    libraries = [info for info in threadpool_info() if info["user_api"] == "blas"]
-    blas = [f"{info['internal_api']} {info['version']} {info.get('architecture')}" for info in libraries]
-    return {"python": platform.python_version(), "numpy": np.__version__, "blas": blas, "cores": os.cpu_count()}
+        return run(workloads, names, threads=args.threads, rounds=rounds, budget=budget, tell=tell)
 
 
 def main() -> None:
-    """Time all contestants in turns, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    names = [workload.name for workload in WORKLOADS]
-    parser.add_argument("--ops", nargs="+", choices=names, metavar="WORKLOAD", default=names, help=", ".join(names))
-    parser.add_argument("--quick", action="store_true", help="two small workloads, one round")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contestant gets its turn (3)")
-    parser.add_argument("--repeat", type=int, default=7, help="how often each call is timed in a turn (7)")
-    parser.add_argument("--json", type=Path, help="where to save all figures")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # in a process of its own: print its times as JSON
-    args = parser.parse_args()
-    if args.only:
-        print(json.dumps(time_one(args.only, args.ops, args.repeat)))
-        return
-    if args.quick:
-        args.ops, args.rounds = list(QUICK), 1
-    who = contestants()
-    rounds: dict[str, dict[str, list[float]]] = {}
-    turns = [name for _ in range(args.rounds) for name in who]
-    for name in track(turns, description="rounds", console=Console(stderr=True)):
-        for work, seconds in time_in_a_process(name, args.ops, args.repeat).items():
-            rounds.setdefault(work, {}).setdefault(name, []).append(seconds)
+    """Measure, or read a saved run; then print, save and draw it."""
+    args = arguments()
+    old = json.loads(args.compare.read_text()) if args.compare else None
+    result = json.loads(args.show.read_text()) if args.show else measured(args)
+    result["summary"] = report.summary(result)
     console = Console()
-    console.print(table(rounds, who))
-    console.print(machine())
+    if not console.is_terminal:
+        console = Console(width=240)
+    for table in report.tables(result):
+        console.print(table)
+    if old:
+        for table in report.comparison(result, old):
+            console.print(table)
+    console.print({key: result[key] for key in ("date", "machine", "settings", "contestants")})
+    for error in report.errors(result):
+        console.print(error, style="red", markup=False)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "seconds": rounds}, indent=1) + "\n")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        from bench import plots
+
+        for path in plots.draw(result, args.plot):
+            console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

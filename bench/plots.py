@@ -1,0 +1,93 @@
+"""Pictures of a run: how refimpl compares with each peer, and how cost grows with size."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only
+from matplotlib import pyplot
+
+from bench import report
+from bench.workloads import DIRECTIONS, LADDERS
+
+SLOPE_OVER = 4  # the largest sizes: below them, fixed costs hide the slope
+
+
+def draw(run: report.Run, folder: Path) -> Iterator[Path]:
+    """Write the pictures into the folder, and yield their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for side in report.present(run):
+        if side.peers:
+            yield _save(bars(run, side), folder / f"ratios-{side.device.lower()}.png")
+    if any(record["ladder"] and record["seconds"] for record in run["results"]):
+        yield _save(growth(run), folder / "growth.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def bars(run: report.Run, side: report.Side) -> Any:
+    """Draw refimpl's time over that of each peer, a bar for every workload."""
+    base = report.records(run, side.base)
+    names = list(dict.fromkeys(name for name, _ in base))
+    figure, axes = pyplot.subplots(1, 2, figsize=(15, 1.5 + 0.4 * len(names)), sharey=True, layout="constrained")
+    height = 0.8 / len(side.peers)
+    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+        for i, peer in enumerate(side.peers):
+            ratios = report.ratios(base, report.records(run, peer))
+            here = {name: ratios[name, direction] for name in names if (name, direction) in ratios}
+            if here:
+                mean = statistics.geometric_mean(here.values())
+                places = [names.index(name) + (i + 0.5) * height - 0.4 for name in here]
+                lengths = [ratio - 1 for ratio in here.values()]  # bars start at 1, where both are equally fast
+                axis.barh(places, lengths, height, left=1, label=f"{side.base} / {peer}: geometric mean {mean:.2f}")
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(
+            xscale="log", title=direction, xlabel=f"time of {side.base} / time of peer (left of 1: {side.base} faster)"
+        )
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="x", which="both", alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    machine, settings = run["machine"], run["settings"]
+    figure.suptitle(f"{machine['cpu']}, {settings['threads']} threads, float32, {run['date'][:10]}", fontsize="medium")
+    return figure
+
+
+def growth(run: report.Run) -> Any:
+    """Draw time against size on log axes, with the slope fitted to the largest sizes."""
+    ladders = list(dict.fromkeys(workload.ladder for workload in LADDERS))
+    shape = (len(ladders), len(DIRECTIONS))
+    figure, axes = pyplot.subplots(*shape, figsize=(12, 9), layout="constrained", squeeze=False)
+    for row, ladder in zip(axes, ladders, strict=True):
+        for axis, direction in zip(row, DIRECTIONS, strict=True):
+            for name in run["contestants"]:
+                found = report.records(run, name, ladders=True).values()
+                steps = [record for record in found if (record["ladder"], record["direction"]) == (ladder, direction)]
+                if len(steps) > 1:
+                    sizes, times = [s["size"] for s in steps], [1e3 * report.median(s) for s in steps]
+                    style = "--" if name.startswith("ceiling") else "-"
+                    axis.plot(sizes, times, style, marker="o", label=f"{name}: slope {slope(sizes, times):.2f}")
+            axis.set(xscale="log", yscale="log", title=direction, xlabel=ladder, ylabel="ms")
+            axis.grid(which="both", alpha=0.3)
+            if axis.lines:
+                axis.legend(
+                    fontsize="small", title=f"slope over the largest {SLOPE_OVER} sizes", title_fontsize="small"
+                )
+    return figure
+
+
+def slope(sizes: list[float], times: list[float]) -> float:
+    """Return the exponent of size in time, fitted to the largest sizes."""
+    pairs = sorted(zip(sizes, times, strict=True))[-SLOPE_OVER:]
+    return statistics.linear_regression(
+        *([math.log(value) for value in part] for part in zip(*pairs, strict=True))
+    ).slope
