@@ -47,7 +47,7 @@ def measured(args: argparse.Namespace) -> report.Run:
     """Run what the arguments ask for, and show the progress."""
     workloads = [work for work in WORKLOADS if not args.quick or args.ops or work.name in QUICK]
     if args.plot:
-        workloads += [work for work in LADDERS if not args.quick or work.size <= 128]
+        workloads += [work for work in LADDERS if not args.quick or work.flops("forward") < 4e8]
     if args.ops:
         workloads = [work for work in workloads if any(word in f"{work.name} {work.op}" for word in args.ops)]
     if not workloads:

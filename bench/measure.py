@@ -27,11 +27,11 @@ Call = Callable[[], Any]
 
 def cpu_seconds(call: Call, budget: float) -> float:
     """Return the median seconds of a call that waits for its result, from samples that take about `budget` seconds."""
-    call()
+    call()  # to warm up: caches, lazy imports, pools of threads
     number = max(1, math.ceil(SAMPLE_SECONDS / timeit.timeit(call, number=1)))
-    one = timeit.timeit(call, number=number)
-    samples = [one, *timeit.repeat(call, number=number, repeat=min(50, max(2, int(budget / one))))]
-    return statistics.median(samples) / number
+    first = timeit.timeit(call, number=number)
+    others = timeit.repeat(call, number=number, repeat=min(50, max(1, int(budget / first))))
+    return statistics.median([first, *others]) / number
 
 
 def cupy_seconds(call: Call, budget: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")  # files only
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from bench import report
 from bench.workloads import DIRECTIONS, LADDERS
@@ -47,14 +47,15 @@ def bars(run: report.Run, side: report.Side) -> Any:
                 mean = statistics.geometric_mean(here.values())
                 places = [names.index(name) + (i + 0.5) * height - 0.4 for name in here]
                 lengths = [ratio - 1 for ratio in here.values()]  # bars start at 1, where both are equally fast
-                axis.barh(places, lengths, height, left=1, label=f"{side.base} / {peer}: geometric mean {mean:.2f}")
+                label = f"{side.base} / {peer}: geometric mean {mean:.2f}"
+                axis.barh(places, lengths, height, left=1, color=f"C{i}", label=label)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(
-            xscale="log", title=direction, xlabel=f"time of {side.base} / time of peer (left of 1: {side.base} faster)"
-        )
+        axis.set(xscale="log", xlabel=f"time of {side.base} / time of peer (left of 1: {side.base} faster)")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(axis="x", which="both", alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", title=direction, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     machine, settings = run["machine"], run["settings"]
@@ -69,14 +70,18 @@ def growth(run: report.Run) -> Any:
     figure, axes = pyplot.subplots(*shape, figsize=(12, 9), layout="constrained", squeeze=False)
     for row, ladder in zip(axes, ladders, strict=True):
         for axis, direction in zip(row, DIRECTIONS, strict=True):
-            for name in run["contestants"]:
+            for i, name in enumerate(run["contestants"]):
                 found = report.records(run, name, ladders=True).values()
                 steps = [record for record in found if (record["ladder"], record["direction"]) == (ladder, direction)]
                 if len(steps) > 1:
                     sizes, times = [s["size"] for s in steps], [1e3 * report.median(s) for s in steps]
                     style = "--" if name.startswith("ceiling") else "-"
-                    axis.plot(sizes, times, style, marker="o", label=f"{name}: slope {slope(sizes, times):.2f}")
+                    label = f"{name}: slope {slope(sizes, times):.2f}"
+                    axis.plot(sizes, times, style, marker="o", color=f"C{i}", label=label)
             axis.set(xscale="log", yscale="log", title=direction, xlabel=ladder, ylabel="ms")
+            axis.set_xticks([work.size for work in LADDERS if work.ladder == ladder])
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(which="both", alpha=0.3)
             if axis.lines:
                 axis.legend(

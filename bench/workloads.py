@@ -151,5 +151,5 @@ LADDERS = tuple(
     _conv(f"conv 3x3, 1x64xSxS -> 64, S = {size}", (1, 64, size, size), (64, 64, 3, 3), padding=1)._replace(
         ladder="conv 3x3, 1x64xSxS -> 64: image size S", size=size
     )
-    for size in (16, 32, 64, 128, 256, 512)
+    for size in (16, 32, 64, 128, 256)
 )

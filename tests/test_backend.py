@@ -289,8 +289,9 @@ def test_a_forked_process_computes_with_threads_of_its_own():
 
 def test_ctrl_c_stops_between_tiles():
     code = """
-import numpy as np, threading, refimpl.backend as b
+import numpy as np, signal, threading, refimpl.backend as b
 from threadpoolctl import threadpool_info
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
 def blas(): return [i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"]
 before, done = blas(), []
 def work(part):
