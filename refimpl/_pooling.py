@@ -109,7 +109,10 @@ def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:
 
 
 def _by_window(windows: AnyWindows, outputs: Tile) -> list[tuple[Tile, Tile]] | None:
-    """Return what each window reads, and its output; None if there are fewer taps than windows."""
+    """Return what each window reads, and its output; None unless a window holds many times more than there are windows.
+
+    Then a reduction for each window is less work than one step for each tap, of which each touches few elements.
+    """
     most = math.prod(o.stop - o.start for o in outputs)
     first = math.prod(len(range(*w.elements(o.start).indices(w.size))) for w, o in zip(windows, outputs, strict=True))
     if first <= 4 * most:
