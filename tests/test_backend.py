@@ -248,7 +248,7 @@ def test_without_threads_to_be_had_the_caller_does_the_work(monkeypatch):
 
 
 def test_threads_are_a_number_of_the_environment():
-    code = "import refimpl.backend as b; print(b._usable_cores())"
+    code = "import refimpl._threads as t; print(t.usable_cores())"
     for value, cores in (("3", 3), ("", None), ("many", None)):
         environment = os.environ | {"REFIMPL_NUM_THREADS": value}
         printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout

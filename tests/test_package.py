@@ -12,7 +12,7 @@ import refimpl
 
 PACKAGE = Path(refimpl.__file__).parent
 LAYERS = [
-    "backend", "_masked", "_geometry", "_windows", "_pooling", "_pairs", "_attend", "_projections",
+    "_threads", "backend", "_masked", "_geometry", "_windows", "_pooling", "_pairs", "_attend", "_projections",
     "_checks",
     "conv", "pool", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
 ]  # fmt: skip
