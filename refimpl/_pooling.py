@@ -6,14 +6,12 @@ so padding never takes part.
 `...` any leading dimensions; `*S` the spatial sizes; `*O` how many windows there are along each.
 """
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from . import _windows, backend
-from ._geometry import AnyWindows, taps, whole
+from ._geometry import AdaptiveWindow, AnyWindows, Window, taps, whole
 from .backend import Array, Tile
 
 Divide = Callable[[Array, Tile], Array]
@@ -23,8 +21,8 @@ def largest(x: Array, windows: AnyWindows, with_indices: bool) -> tuple[Array, A
     """Return the maximum of each window and perhaps where it lies: (..., *S) -> (..., *O), int64 (..., *O)."""
     xp = backend.namespace(x)
     shape = pooled_shape(x, windows)
-    out = backend.full(shape, 0, x)
-    indices = backend.full(shape, 0, x, xp.int64) if with_indices else None
+    out = backend.empty(shape, x)
+    indices = backend.empty(shape, x, xp.int64) if with_indices else None
 
     def work(*tile: slice) -> None:
         out[tile] = best = _maximum(x, windows, tile)
@@ -37,22 +35,27 @@ def largest(x: Array, windows: AnyWindows, with_indices: bool) -> tuple[Array, A
 
 def largest_backward(dout: Array, x: Array, windows: AnyWindows, indices: Array | None) -> Array:
     """Return the gradient of `sum(dout * largest(x))`: each window's goes to its first maximum."""
-    dx = backend.full(tuple(x.shape), 0, x)
+
+    def places(tile: Tile) -> Array:
+        return _first(x, _maximum(x, windows, tile), windows, tile) if indices is None else indices[tile]
+
+    def at_once(dx: Array, tile: Tile) -> bool:
+        return backend.add_at(dx, places(tile), dout[tile], len(windows))
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
-        lead, _ = split(tile, windows)
-        wins = _first_wins(x, windows, tile) if indices is None else _named_wins(x, windows, tile, indices)
-        for reads, place, won in wins:
-            yield (*lead, *reads), backend.select(won, dout[tile][place])
+        lead, outputs = split(tile, windows)
+        won = places(tile)
+        for element, reads, writes in _elements(x, windows, outputs):
+            at = (..., *writes)
+            yield (*lead, *reads), backend.select(won[at] == element, dout[tile][at])
 
-    spread(work, dx, windows)
-    return dx
+    return spread(work, x, windows, at_once)
 
 
 def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the sum over each window, divided: (..., *S) -> (..., *O)."""
     xp = backend.namespace(x)
-    out = backend.full(pooled_shape(x, windows), 0, x)
+    out = backend.empty(pooled_shape(x, windows), x)
 
     def work(*tile: slice) -> None:
         outputs = split(tile, windows)[1]
@@ -64,42 +67,66 @@ def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
 
 def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the gradient of `sum(dout * mean(x))`: each window's is shared out among its elements."""
-    dx = backend.full(tuple(x.shape), 0, x)
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
         lead, outputs = split(tile, windows)
         share = divide(dout[tile], outputs)
-        for reads, writes in _by_window(windows, outputs) or by_tap(windows, outputs):
-            yield (*lead, *reads), share[(..., *writes)]
+        if _single(outputs):
+            yield (*lead, *_elements_of(windows, outputs)), share
+            return
+        region = _region(windows, outputs)
+        for d in reversed(range(len(windows))):  # one dimension after the other, the adjoint of `_reduced`
+            shape = list(share.shape)
+            shape[len(lead) + d] = region[d].stop - region[d].start
+            spread_out = backend.full(tuple(shape), 0, x)
+            after = (slice(None),) * (len(windows) - d - 1)
+            for reads, writes in _along(windows[d], outputs[d], region[d]):
+                spread_out[(..., reads, *after)] += share[(..., writes, *after)]
+            share = spread_out
+        yield (*lead, *region), share
 
-    spread(work, dx, windows)
-    return dx
+    return spread(work, x, windows)
 
 
-def spread(work: Callable[..., Iterator[tuple[Tile, Array]]], dx: Array, windows: AnyWindows) -> None:
-    """Add up what `work` yields for each tile: `(where in dx, what)`.
+def spread(
+    work: Callable[..., Iterator[tuple[Tile, Array]]],
+    x: Array,
+    windows: AnyWindows,
+    at_once: Callable[[Array, Tile], bool] | None = None,
+) -> Array:
+    """Return dx, of the shape of `x`, to which is added what `work` yields for each tile: `(where, what)`.
 
-    At once where no other tile reaches the same elements, and else beside dx, to be added one tile after the other.
+    Within dx where no other tile reaches the same elements: perhaps `at_once(part of dx, tile)` does all of it, and
+    says so. Else beside dx, to be added one tile after the other.
     """
+    tiles = list(tiles_of(x, windows))
+    apart = all(whole(windows, split(tile, windows)[1]) for tile in tiles)
+    dx = backend.empty(tuple(x.shape), x) if apart else backend.full(tuple(x.shape), 0, x)
 
-    def add(*tile: slice) -> tuple[Tile, Array] | None:
+    def add_within(*tile: slice) -> None:
+        part = dx[(*split(tile, windows)[0], ...)]
+        part[...] = 0.0
+        if at_once is None or not at_once(part, tile):
+            for at, what in work(*tile):
+                dx[at] += what
+
+    def add_beside(*tile: slice) -> tuple[Tile, Array]:
         lead, outputs = split(tile, windows)
-        if whole(windows, outputs):
-            for at, part in work(*tile):
-                dx[at] += part
-            return None
-        region = tuple(w.reach(o.start, o.stop) for w, o in zip(windows, outputs, strict=True))
+        region = _region(windows, outputs)
         total = backend.full(sizes_of((*lead, *region)), 0, dx)
-        for at, part in work(*tile):
+        for at, what in work(*tile):
             reads = zip(at[len(lead) :], region, strict=True)
-            total[(..., *(slice(s.start - r.start, s.stop - r.start, s.step) for s, r in reads))] += part
+            total[(..., *(slice(s.start - r.start, s.stop - r.start, s.step) for s, r in reads))] += what
         return (*lead, *region), total
 
-    def collect(_: Tile, found: tuple[Tile, Array] | None) -> None:
-        if found is not None:
-            dx[found[0]] += found[1]
+    def collect(_: Tile, found: tuple[Tile, Array]) -> None:
+        dx[found[0]] += found[1]
 
-    backend.run(add, tiles_of(dx, windows), dx, collect)
+    if apart:
+        backend.run(add_within, tiles, dx)
+    else:
+        backend.run(add_beside, tiles, dx, collect)
+    return dx
 
 
 def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:
@@ -108,20 +135,33 @@ def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:
         yield reads, writes
 
 
-def _by_window(windows: AnyWindows, outputs: Tile) -> list[tuple[Tile, Tile]] | None:
-    """Return what each window reads, and its output; None unless a window holds many times more than there are windows.
+def _region(windows: AnyWindows, outputs: Tile) -> Tile:
+    """Return the range of elements along each dimension that the windows of a tile read from."""
+    return tuple(window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True))
 
-    Then a reduction for each window is less work than one step for each tap, of which each touches few elements.
+
+def _single(outputs: Tile) -> bool:
+    """Return whether the outputs are one, in each plane."""
+    return all(o.stop - o.start == 1 for o in outputs)
+
+
+def _elements_of(windows: AnyWindows, outputs: Tile) -> Tile:
+    """Return the elements of the window that a single output has."""
+    return tuple(window.elements(o.start) for window, o in zip(windows, outputs, strict=True))
+
+
+def _along(window: Window | AdaptiveWindow, o: slice, region: slice) -> Iterator[tuple[slice, slice]]:
+    """Yield `(reads, writes)`, both relative to their ranges, that pair each window with each of its elements once.
+
+    By tap; by window if a window holds many times more than there are windows, as then that is less work.
     """
-    most = math.prod(o.stop - o.start for o in outputs)
-    first = math.prod(len(range(*w.elements(o.start).indices(w.size))) for w, o in zip(windows, outputs, strict=True))
-    if first <= 4 * most:
-        return None
-    along = [
-        [(w.elements(i), slice(i - o.start, i - o.start + 1)) for i in range(o.start, o.stop)]
-        for w, o in zip(windows, outputs, strict=True)
-    ]
-    return [tuple(zip(*found, strict=True)) for found in itertools.product(*along)]
+    first = window.elements(o.start)
+    if len(range(first.start, first.stop, first.step or 1)) > 4 * (o.stop - o.start):
+        pairs = ((window.elements(i), slice(i - o.start, i - o.start + 1)) for i in range(o.start, o.stop))
+    else:
+        pairs = ((reads, writes) for _, reads, writes in window.taps(o.start, o.stop))
+    for reads, writes in pairs:
+        yield slice(reads.start - region.start, reads.stop - region.start, reads.step), writes
 
 
 def _reduced(
@@ -132,17 +172,50 @@ def _reduced(
     combine: Callable[[Array, Array], Array],
     reduce: Callable[..., Array],
 ) -> Array:
-    """Return a reduction of each window of the tile: over its taps, or at once where few windows hold many elements."""
+    """Return a reduction of each window of the tile: one dimension after the other, at once where there is one window.
+
+    A window of 3x3 costs 3 + 3 passes over memory that way, not 9, and the first 3 read runs of elements.
+    """
     lead, outputs = split(tile, windows)
-    result = backend.full(sizes_of(tile), start, x)
-    large = _by_window(windows, outputs)
-    for reads, writes in large or ():
-        axes = tuple(range(-len(windows), 0))
-        result[(..., *writes)] = reduce(x[(*lead, *reads)], axis=axes, keepdims=True)
-    for reads, writes in by_tap(windows, outputs) if large is None else ():
-        place = (..., *writes)
-        result[place] = combine(result[place], x[(*lead, *reads)])
-    return result
+    if _single(outputs):
+        return reduce(x[(*lead, *_elements_of(windows, outputs))], axis=tuple(range(-len(windows), 0)), keepdims=True)
+    region = _region(windows, outputs)
+    part = x[(*lead, *region)]
+    for d in range(len(windows)):
+        part = _reduced_along(part, len(lead) + d, windows[d], outputs[d], region[d], start, combine, reduce)
+    return part
+
+
+def _reduced_along(
+    x: Array,
+    axis: int,
+    window: Window | AdaptiveWindow,
+    o: slice,
+    region: slice,
+    start: float,
+    combine: Callable[[Array, Array], Array],
+    reduce: Callable[..., Array],
+) -> Array:
+    """Return a reduction along one dimension, of which `x` holds the region: of size 1 for each of the windows `o`."""
+    before, after, count = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1), o.stop - o.start
+    result, some = None, []
+    for reads, writes in _along(window, o, region):
+        taken = x[(*before, reads, *after)]
+        if taken.shape[axis] != count or writes.step not in (None, 1):
+            some.append((writes, taken))
+        else:  # an element of every window
+            result = taken if result is None else combine(result, taken)
+    if not some and result is not None:
+        return result
+    total = backend.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), start, x)
+    if result is not None:
+        total[...] = result
+    for writes, taken in some:
+        at = (*before, writes, *after)
+        if taken.shape != total[at].shape:  # all elements of one window, not one of many
+            taken = reduce(taken, axis=axis, keepdims=True)
+        total[at] = combine(total[at], taken)
+    return total
 
 
 def _maximum(x: Array, windows: AnyWindows, tile: Tile) -> Array:
@@ -151,24 +224,6 @@ def _maximum(x: Array, windows: AnyWindows, tile: Tile) -> Array:
     # A value that every element is at least as large as; every window holds an element, so it never shows.
     least = -math.inf if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
     return _reduced(x, windows, tile, least, xp.maximum, xp.max)
-
-
-def _first_wins(x: Array, windows: AnyWindows, tile: Tile) -> Iterator[tuple[Tile, Any, Array]]:
-    """Yield, for each tap, `(reads, place, won)`: whether it is the first that is the maximum of its window, or NaN."""
-    lead, outputs = split(tile, windows)
-    best = _maximum(x, windows, tile)
-    open_ = backend.full(sizes_of(tile), 1, x, backend.namespace(x).bool)
-    for reads, writes in by_tap(windows, outputs):
-        place, value = (..., *writes), x[(*lead, *reads)]
-        won = ((value == best[place]) | (value != value)) & open_[place]
-        open_[place] ^= won
-        yield reads, place, won
-
-
-def _named_wins(x: Array, windows: AnyWindows, tile: Tile, indices: Array) -> Iterator[tuple[Tile, Any, Array]]:
-    """Yield, for each tap, `(reads, place, won)`: whether it is the one that the indices name."""
-    for element, reads, writes in _elements(x, windows, split(tile, windows)[1]):
-        yield reads, (..., *writes), indices[tile][(..., *writes)] == element
 
 
 def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:

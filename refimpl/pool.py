@@ -309,7 +309,7 @@ def lp_pool(
     windows = _checks.pool("lp_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
     (wide,) = backend.widened(x)
     p = _exponent(p, wide)
-    out = backend.full(_pooling.pooled_shape(wide, windows), 0, wide)
+    out = backend.empty(_pooling.pooled_shape(wide, windows), wide)
 
     def work(*tile: slice) -> None:
         unit, total = _powers(wide, p, windows, tile)
@@ -369,7 +369,6 @@ def lp_pool_backward(
     xp = backend.namespace(x)
     dout, wide = backend.widened(dout, x)
     p = _exponent(p, wide)
-    dx = backend.full(tuple(wide.shape), 0, wide)
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
         lead, outputs = _pooling.split(tile, windows)
@@ -384,8 +383,7 @@ def lp_pool_backward(
                 slope = (xp.abs(part) / unit / norm) ** (p - 1)
             yield (*lead, *reads), backend.select(part != 0, xp.sign(part) * slope * dout[tile][place])
 
-    _pooling.spread(work, dx, windows)
-    return backend.rounded(dx, like=x)
+    return backend.rounded(_pooling.spread(work, wide, windows), like=x)
 
 
 def _exponent(p: float, x: Array) -> float:
