@@ -54,9 +54,8 @@ class Window(NamedTuple):
 
     def reach(self, start: int, stop: int) -> slice:
         """Return the range of elements that the windows in `[start, stop)` read from."""
-        return slice(
-            max(0, start * self.stride - self.low), min(self.size, (stop - 1) * self.stride - self.low + self.extent)
-        )
+        first = max(0, start * self.stride - self.low)
+        return slice(first, max(first, min(self.size, (stop - 1) * self.stride - self.low + self.extent)))
 
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.
@@ -80,6 +79,24 @@ class Window(NamedTuple):
             found = self.tap(k, start, stop)
             if found is not None:
                 yield k, *found
+
+    def phases(self) -> Iterator[tuple[slice, slice, "Window"]]:
+        """Yield what adds outputs back to elements, as convolutions of the outputs: `(elements, taps, windows)`.
+
+        Elements a stride apart are reached by the same taps, each from the output before: tap `k` from output
+        `(i + low - k * dilation) / stride`. In reverse order, these taps slide over the outputs like any window.
+        Elements that no tap reaches are left out.
+        """
+        common = math.gcd(self.stride, self.dilation)
+        step, apart = self.stride // common, self.dilation // common
+        for k in range(min(step, self.kernel)):
+            phase = (k * self.dilation - self.low) % self.stride
+            if phase < self.size:
+                count = len(range(k, self.kernel, step))
+                low = (count - 1) * apart - (phase + self.low - k * self.dilation) // self.stride
+                out = len(range(phase, self.size, self.stride))
+                taps = slice(k + (count - 1) * step, k - 1 if k else None, -step)
+                yield slice(phase, None, self.stride), taps, Window(self.out, count, 1, apart, low, 0, out)
 
     def first_empty(self) -> int | None:
         """Return the first window that holds no element, or None. Only those that begin in padding can be empty."""

@@ -283,4 +283,4 @@ def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:
 
 def tiles_of(x: Array, windows: AnyWindows) -> Iterator[Tile]:
     """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index."""
-    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16)
+    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16, backend.LEAST_LIGHT)

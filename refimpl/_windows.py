@@ -3,6 +3,7 @@
 T taps of the kernel; `(*S)` the elements that windows slide over; `(*O)` the windows of a tile.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,44 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     for k, reads, writes in found:
         columns[(..., *k, *writes)] = x[(*lead, ..., *reads)]
     return xp.reshape(columns, (*kept, math.prod(window.kernel for window in windows), *sizes))
+
+
+def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[Array, list[int], tuple[int, ...]]:
+    """Lay what windows with a stride of 1 read end to end, padding included, so that a tap reads one long run.
+
+    Returns
+    -------
+    rows : (..., R)
+        What the windows of the tile read, with 0 in padding; a row is as long as what all taps read of it.
+    offsets
+        Where the run of each tap begins.
+    shape
+        Of a run: the windows of the tile, and after each row as many again as there is padding between, which count
+        for nothing.
+    """
+    xp = backend.namespace(x)
+    sizes = [o.stop - o.start + window.extent - 1 for window, o in zip(windows, outputs, strict=True)]
+    shape = (outputs[0].stop - outputs[0].start, *sizes[1:])
+    steps = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+    along = ([k * w.dilation * step for k in range(w.kernel)] for w, step in zip(windows, steps, strict=True))
+    region = [window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True)]
+    places = [
+        slice(r.start + w.low - o.start, r.stop + w.low - o.start)
+        for r, w, o in zip(region, windows, outputs, strict=True)
+    ]
+    sizes[0] += len(sizes) > 1  # the last run goes on beyond the last row
+    rows = backend.full((*(s.stop - s.start for s in lead), *sizes), 0, x)
+    rows[(..., *places)] = x[(*lead, *region)]
+    rows = xp.reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
+    return rows, [sum(offsets) for offsets in itertools.product(*along)], shape
+
+
+def in_runs(outputs: Array, shape: tuple[int, ...]) -> Array:
+    """Return what belongs to windows as runs of this shape do, with 0 between the rows: (..., *O) -> (..., run)."""
+    lead = outputs.shape[: outputs.ndim - len(shape)]
+    runs = backend.full((*lead, *shape), 0, outputs)
+    runs[(..., *(slice(0, size) for size in outputs.shape[len(lead) :]))] = outputs
+    return backend.namespace(outputs).reshape(runs, (*lead, math.prod(shape)))
 
 
 def add_back(columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> None:

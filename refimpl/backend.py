@@ -37,7 +37,9 @@ class _Limits(NamedTuple):
 
 
 _DEFAULTS = _Limits(threads=None, tile_bytes=4 << 20)
-_LEAST_TILE, _LEAST_TILES = 1 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
+LEAST_LIGHT = 4 << 20
+"""The bytes of a tile that does little with each of them: a smaller one is done before another thread wakes up."""
+_LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
 _AHEAD_BYTES = 96 << 20  # of results that wait for their turn
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
@@ -392,8 +394,8 @@ def tile_bytes() -> int:
     return _LIMITS.get().tile_bytes
 
 
-def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:
-    """Cut an index space into tiles, so that the items of one need about `tile_bytes`.
+def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> Iterator[Tile]:
+    """Cut an index space into tiles, so that the items of one need about `tile_bytes`, and less if there are few items.
 
     Trailing dimensions stay whole while they fit, one dimension is cut into ranges, and those before it are walked one
     index at a time. A tile is a slice per dimension, in row-major order; an empty space has none.
@@ -401,7 +403,7 @@ def tiles(shape: tuple[int, ...], item_bytes: int) -> Iterator[Tile]:
     if 0 in shape:
         return
     items = math.prod(shape)
-    share = max(_LEAST_TILE, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
+    share = max(least, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
     room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
     steps = []
     for size in reversed(shape):

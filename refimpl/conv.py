@@ -3,24 +3,26 @@
 Both ops and both of their gradients are three moves on windows, each one a loop over tiles:
 
     correlate           out = weight @ gather(x)              conv, and the dx of conv_transpose
-    correlate_dx        dx  = add_back(weight^T @ dout)       the dx of conv, and conv_transpose
+    correlate_dx        dx  = add_back(weight^T @ dout)       the dx of conv, and conv_transpose: a correlation, too
     correlate_dweight   dweight = dout @ gather(x)^T          the dweight of both
 
 N batch; C channels; G groups; I, J channels of one group that go in, and come out; T taps of the kernel; P positions
 that a tile puts out; `*S` the spatial sizes that windows slide over; `*O` how many windows there are along each.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import _checks, _masked, _windows, backend
-from ._geometry import Windows
+from ._geometry import Window, Windows
 from .backend import Array, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
 
 _MANY = 1024  # windows, from which on it pays to multiply each line of taps by itself
+_FEW = 4  # times fewer channels that come out of a gradient than go in make it pay to multiply before adding back
 _ROWS = 32  # of a matrix, from which on a product is as fast as any
 
 Ints = int | Sequence[int]
@@ -154,7 +156,8 @@ def conv_backward(
         dweight  = dout @ columns^T   (summed over the batch)
         dbias    = dout summed over everything but the channel
 
-    Where padding holds copies, they add their gradients to the elements that they are copies of.
+    Where padding holds copies, they add their gradients to the elements that they are copies of. As for `conv`, numbers
+    are read where windows reach beyond what they slide over, which for `dx` are the windows of the adjoint.
 
     Examples
     --------
@@ -227,6 +230,8 @@ def conv_transpose(
     In one dimension and without groups, every element of `x` stamps the kernel, scaled, onto the output:
 
         out[n, j, s * stride + k * dilation - low] += weight[i, j, k] * x[n, i, s]     for every n, i, j, s, k
+
+    As for `conv`, a number is read to see whether a NaN or inf of `weight` might meet the 0 beyond the border of `x`.
 
     References
     ----------
@@ -341,7 +346,8 @@ def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[
     for k in range(first.kernel if shared else 1):
         which = slice(k, k + 1) if shared else slice(0, first.kernel)
         part = weight[:, :, which, ...]
-        part = xp.reshape(part, (groups, -1, math.prod(part.shape[1:])))
+        # Always in one layout: BLAS rounds by layout.
+        part = backend.contiguous(xp.reshape(part, (groups, -1, math.prod(part.shape[1:]))))
         steps.append(_Step(part, which, k * first.dilation if shared else 0))
     return windows, steps
 
@@ -360,31 +366,68 @@ def _part(columns: Array, step: _Step, o: Tile, groups: int) -> Array:
 
 def _correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
     """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
+    out = backend.empty((x.shape[0], weight.shape[0], *(w.out for w in windows)), x)
+    _correlate_into(out, x, weight, windows, groups, bias, _meets_padding(weight, windows))
+    return out
+
+
+def _correlate_into(
+    out: Array, x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None, meets_padding: bool
+) -> None:
+    """Write to `out` what `_correlate` returns."""
     xp = backend.namespace(x)
-    out = _biased((x.shape[0], weight.shape[0], *(w.out for w in windows)), bias, like=x)
-    meets_padding = _meets_padding(weight, windows)
+    if _by_planes(weight, windows, groups):
+        _correlate_planes(out, x, weight, windows, bias, meets_padding)
+        return
     gathered, steps = _steps(weight, windows, groups)
+    shift = 0.0 if bias is None else xp.reshape(bias, (groups, -1, 1))  # sums of zeros come out as +0 either way
 
     def work(n: slice, *o: slice) -> None:
         columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
-        if meets_padding:
-            real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
-        at = (n, ..., *o)
-        product = 0.0
-        for step in steps:  # (G, J, I*T) @ (N, G, I*T, P)
+        real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps)) if meets_padding else None
+
+        def multiplied(step: _Step) -> Array:  # (G, J, I*T) @ (N, G, I*T, P)
             part = _part(columns, step, o, groups)
-            if meets_padding:
-                product += _masked.matmul(step.weight, part, b_real=_part(real, step, o, groups))
-            else:
-                product += step.weight @ part
-        out[at] += xp.reshape(product, out[at].shape)
+            if real is None:
+                return step.weight @ part
+            return _masked.matmul(step.weight, part, b_real=_part(real, step, o, groups))
+
+        product = multiplied(steps[0])
+        for step in steps[1:]:
+            product += multiplied(step)
+        product += shift
+        at = (n, ..., *o)
+        out[at] = xp.reshape(product, out[at].shape)
 
     backend.run(work, _tiles(x, weight, windows, gathered), x)
-    return out
 
 
 def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
     """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
+
+    Element `stride * m + phase` is reached by every `stride`-th tap at most, the later the earlier the window: each
+    phase is a convolution of `dout` with its taps in reverse order. That gathers J channels for I that come out; where
+    these are few, to multiply first and add back what comes out is less work.
+    """
+    xp = backend.namespace(dout)
+    rows, planes = weight.shape[0] // groups, weight.shape[1]
+    if planes * _FEW < rows:
+        return _add_back_dx(dout, weight, windows, groups, bias)
+    phases = [list(window.phases()) for window in windows]
+    reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))
+    shape = (dout.shape[0], planes * groups, *(w.size for w in windows))
+    dx = backend.empty(shape, dout) if reached else _biased(shape, bias, like=dout)
+    weight_g = xp.reshape(weight, (groups, rows, planes, *weight.shape[2:]))
+    weight_t = xp.reshape(xp.moveaxis(weight_g, 1, 2), (groups * planes, rows, *weight.shape[2:]))  # (G*I, J, *K)
+    meets_padding = _meets_padding(weight, [over for along in phases for _, _, over in along])
+    for phase in itertools.product(*phases):
+        places, taps, over = zip(*phase, strict=True)
+        _correlate_into(dx[(..., *places)], dout, weight_t[(..., *taps)], over, groups, bias, meets_padding)
+    return dx
+
+
+def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None) -> Array:
+    """Return what `_correlate_dx` does.
 
     Cut into channels, tiles share no element of the result, so that the threads can add to it; into windows if a plane
     of columns is too large for that, and then the tiles take turns.
@@ -428,6 +471,8 @@ def _correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bia
 def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
     """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`."""
     xp = backend.namespace(x)
+    if _by_planes(weight, windows, groups):
+        return _correlate_dweight_planes(dout, x, weight, windows)
     dweight = backend.full(tuple(weight.shape), 0, x)
     meets_padding = _meets_padding(dout, windows)
     gathered, steps = _steps(weight, windows, groups)
@@ -457,7 +502,67 @@ def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, g
     return dweight
 
 
-def _meets_padding(factor: Array, windows: Windows) -> bool:
+def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
+    """Return whether each channel is convolved by itself, with windows that lie next to each other.
+
+    Then there is nothing for a product of matrices to do, and less to gather: see `_windows.end_to_end`.
+    """
+    return weight.shape[0] == groups and weight.shape[1] == 1 and all(window.stride == 1 for window in windows)
+
+
+def _correlate_planes(
+    out: Array, x: Array, weight: Array, windows: Windows, bias: Array | None, meets_padding: bool
+) -> None:
+    """Write to `out` what `_correlate` returns, for `_by_planes`: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
+    xp = backend.namespace(x)
+    scales = xp.reshape(weight, (weight.shape[0], -1, 1))  # (C, T, 1)
+    shift = xp.reshape(_biased((out.shape[1],), bias, x), (-1, 1))
+
+    def work(n: slice, c: slice, *o: slice) -> None:
+        rows, offsets, shape = _windows.end_to_end(x, (n, c), windows, o)
+        real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0] if meets_padding else None
+
+        def scaled(t: int) -> Array:
+            run = (..., slice(offsets[t], offsets[t] + math.prod(shape)))
+            return _masked.select(None if real is None else real[run], rows[run] * scales[c, t, :])
+
+        total = scaled(0)
+        for t in range(1, len(offsets)):
+            total += scaled(t)
+        total += shift[c, :]
+        own = (slice(0, s.stop - s.start) for s in o)
+        out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
+
+    backend.run(work, backend.tiles(tuple(out.shape), 4 * backend.itemsize(x), backend.LEAST_LIGHT), x)
+
+
+def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
+    """Return what `_correlate_dweight` does, for `_by_planes`."""
+    xp = backend.namespace(x)
+    dweight = backend.full((weight.shape[0], math.prod(weight.shape[2:])), 0, x)
+    finite = backend.all_finite(x) and backend.all_finite(dout)  # what lies between the rows of a run meets a 0
+
+    def work(n: slice, c: slice, *o: slice) -> Array:
+        rows, offsets, shape = _windows.end_to_end(x, (n, c), windows, o)
+        douts = _windows.in_runs(dout[(n, c, *o)], shape)[..., None, :]  # (N, C, 1, run)
+        if not finite:
+            real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
+            own = _windows.in_runs(_everywhere(dout)[(n, c, *o)], shape)[..., None, :]
+        products = []  # (N, C, 1, 1)
+        for offset in offsets:
+            run = (..., slice(offset, offset + douts.shape[-1]), None)
+            product = douts @ rows[run] if finite else _masked.matmul(douts, rows[run], own, real[run])
+            products.append(product[..., 0])
+        return xp.sum(xp.concat(products, axis=-1), axis=0)
+
+    def collect(tile: Tile, part: Array) -> None:
+        dweight[tile[1], :] += part
+
+    backend.run(work, backend.tiles(tuple(dout.shape), 4 * backend.itemsize(x), backend.LEAST_LIGHT), x, collect)
+    return xp.reshape(dweight, weight.shape)
+
+
+def _meets_padding(factor: Array, windows: Sequence[Window]) -> bool:
     """Return whether a NaN or inf of `factor`, which gathered taps are multiplied by, may meet the 0 of padding."""
     return any(window.overreaches for window in windows) and not backend.all_finite(factor)
 

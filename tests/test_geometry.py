@@ -103,3 +103,44 @@ def test_gather_and_add_back_are_adjoint(first, second, data):
     _windows.add_back(other, dx, lead, both, outputs)
     assert np.sum(columns * other) == np.sum(x * dx)
     assert (dx[0] == 0).all()
+
+
+@given(window=windows())
+def test_phases_undo_what_taps_do(window):
+    """Every pair of an element and the output and tap that read it is found once from the side of the element."""
+    if window.out < 1:
+        return
+    forth = {
+        (i, k, o)
+        for k in range(window.kernel)
+        for o in range(window.out)
+        if 0 <= (i := o * window.stride + k * window.dilation - window.low) < window.size
+    }
+    back = []
+    for places, taps, over in window.phases():
+        elements, kernel = range(window.size)[places], range(window.kernel)[taps]
+        assert (len(elements), len(kernel), window.out, 1) == (over.out, over.kernel, over.size, over.stride)
+        for t, reads, writes in over.taps(0, over.out):
+            pairs = zip(range(over.size)[reads], range(over.out)[writes], strict=True)
+            back += [(elements[m], kernel[t], o) for o, m in pairs]
+    assert len(back) == len(set(back))
+    assert set(back) == forth
+
+
+@given(first=windows(), second=windows(), data=st.data())
+def test_runs_laid_end_to_end_hold_what_gather_finds(first, second, data):
+    both = tuple(window._replace(stride=1, out=max(1, window.out)) for window in (first, second))
+    outputs = []
+    for window in both:
+        start = data.draw(st.integers(0, window.out - 1))
+        outputs.append(slice(start, data.draw(st.integers(start + 1, window.out))))
+    x = np.random.default_rng(0).normal(size=(2, *(window.size for window in both)))
+    lead = (slice(0, 2),)
+    rows, offsets, shape = _windows.end_to_end(x, lead, both, tuple(outputs))
+    gathered = _windows.gather(x, lead, both, tuple(outputs))
+    for t, offset in enumerate(offsets):
+        run = rows[:, offset : offset + np.prod(shape)].reshape(2, *shape)
+        np.testing.assert_array_equal(run[:, :, : gathered.shape[-1]], gathered[:, t])
+    whole = _windows.in_runs(gathered[:, 0], shape).reshape(2, *shape)
+    np.testing.assert_array_equal(whole[:, :, : gathered.shape[-1]], gathered[:, 0])
+    assert not whole[:, :, gathered.shape[-1] :].any()
