@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from . import _masked, backend
-from ._pairs import Call, accumulate, by_heads, take, transposed_sum, visible, weighted_sum
+from ._pairs import Call, accumulate, added, apart, by_heads, take, transposed_sum, visible, weighted_sum
 from .backend import Array, Tile
 
 
@@ -43,7 +43,7 @@ def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Ar
         if keys is not None:
             of_tile(call, tile, keys, out[(*tile, ...)], logsumexp[tile])
 
-    backend.run(work, call.tiles(3), call.query)
+    backend.run(work, call.tiles(1), call.query)
     return xp.reshape(out, (*call.scores[:-1], columns)), xp.reshape(logsumexp, call.scores[:-1])
 
 
@@ -62,27 +62,30 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     arguments = (call.query, call.key, call.value, call.bias, call.sink)
     totals = [None if array is None else backend.full(tuple(array.shape), 0, array) for array in arguments]
 
-    def work(*tile: slice) -> list[tuple[Tile, Array | None]]:
+    def work(*tile: slice) -> list[tuple[Tile, Array] | None]:
+        """Add to what no other tile adds to; return the rest."""
         keys = call.visible_keys(tile)
         if keys is None:  # there is the sink alone
-            return [*[((), None)] * 4, (tile, _sink_alone(call, dlse, tile))]
-        dq, dk, dv, ds, dsink = _attend_backward(call, dout, dlse, tile, keys)
-        columns, own = (*tile[:-1], keys), call.own_keys(keys)
-        return [
-            (tile, dq),
-            (columns, dk),
-            (columns, dv),
-            ((*tile, own), ds[..., : own.stop - own.start]),
-            (tile, dsink),
-        ]
+            keys, parts = slice(0, 0), (None, None, None, None, _sink_alone(call, dlse, tile))
+        else:
+            parts = _attend_backward(call, dout, dlse, tile, keys)
+        columns, own = (*tile[:-1], keys), (*tile, call.own_keys(keys))
+        left: list[tuple[Tile, Array] | None] = [None] * len(totals)
+        for i, (total, at) in enumerate(zip(totals, (tile, columns, columns, own, tile), strict=True)):
+            if total is not None and parts[i] is not None:
+                if apart((*total.shape[:-2], 1 if at is columns else total.shape[-2]), tile, call.space):
+                    accumulate(total, at, parts[i])
+                else:
+                    left[i] = at, parts[i]
+        return left
 
-    def collect(_: Tile, parts: list[tuple[Tile, Array | None]]) -> None:
-        for total, (at, part) in zip(totals, parts, strict=True):
-            if total is not None and part is not None:
-                accumulate(total, at, part)
+    def collect(_: Tile, left: list[tuple[Tile, Array] | None]) -> None:
+        for total, found in zip(totals, left, strict=True):
+            if total is not None and found is not None:
+                accumulate(total, *found)
 
     held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
-    backend.run(work, call.tiles(5), call.query, collect, result_bytes=held)
+    backend.run(work, call.tiles(2, gradients=2), call.query, collect, result_bytes=held)
     return tuple(totals)
 
 
@@ -119,15 +122,22 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
         capped = xp.tanh(s / call.softcap)
         s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
     if call.bias is not None:
-        s = s + call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0)
-    if call.hides:
+        s = added(s, call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
+    if call.hides and call.finite:
+        doubtful = call.doubtful_keys(tile, keys)
+        hidden = visible(call, tile, doubtful)
+        if doubtful == keys:
+            sees = xp.any(hidden, axis=-1, keepdims=True)
+        hidden = 1.0 - 1.0 / xp.astype(hidden, s.dtype)  # 0 where a pair is visible, and else -inf
+        if doubtful == keys:
+            s = added(s, hidden)
+        else:
+            s[..., doubtful.start - keys.start :] += hidden
+    elif call.hides:
         seen = visible(call, tile, keys)
         sees = xp.any(seen, axis=-1, keepdims=True)
-        if call.finite:
-            s, seen = s + (1.0 - 1.0 / xp.astype(seen, s.dtype)), None  # 0 where a pair is visible, and else -inf
-        else:
-            seen, s = xp.broadcast_arrays(seen, s)
-            s = xp.where(seen, s, -math.inf)
+        seen, s = xp.broadcast_arrays(seen, s)
+        s = xp.where(seen, s, -math.inf)
     largest = xp.max(s, axis=-1, keepdims=True)
     if call.sink is not None:
         sink = take(call.sink, tile)
@@ -135,7 +145,7 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     if sees is not None:
         largest = xp.where(sees, largest, 0.0)
     s -= largest
-    e = _masked.select(seen, xp.exp(s))
+    e = _masked.select(seen, backend.exp(s))
     total = xp.sum(e, axis=-1, keepdims=True)
     if call.sink is not None:
         p_sink = xp.exp(sink - largest)
@@ -149,6 +159,13 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     return _Softmax(e, total, p_sink, logsumexp, slope, seen)
 
 
+def _normalised(found: _Softmax) -> Array:
+    """Return the weights, in the place of `e`."""
+    p = found.e
+    p /= found.total
+    return _masked.select(found.seen, p)
+
+
 def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
     """Return the weights that dropout keeps, scaled up, and 0 times the others."""
     if call.dropout_mask is None:
@@ -160,7 +177,7 @@ def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
 def _weigh(call: Call, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
     """Write the weights and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
-    weights[..., keys] = _masked.select(found.seen, found.e / found.total)
+    weights[..., keys] = _normalised(found)
     logsumexp[...] = found.logsumexp[..., 0]
 
 
@@ -168,7 +185,7 @@ def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -
     """Write the output and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
     v = take(call.value, (*tile[:-1], keys))
-    p = _masked.select(found.seen, found.e / found.total)  # first: sums that are still to be divided may overflow
+    p = _normalised(found)  # first: sums that are still to be divided may overflow
     out[...] = weighted_sum(call, _dropped(call, tile, keys, p), found.seen, v)
     logsumexp[...] = found.logsumexp[..., 0]
 
@@ -180,22 +197,24 @@ def _attend_backward(
     xp = backend.namespace(dout)
     columns = (*tile[:-1], keys)
     q, k = take(call.query, tile), take(call.key, columns)
-    e, total, p_sink, _, slope, seen = _softmax(call, tile, keys)
-    e /= total
-    p = _masked.select(seen, e)
+    found = _softmax(call, tile, keys)
+    _, _, p_sink, _, slope, seen = found
+    p = _normalised(found)
     if call.value is None:  # the weights are the output
-        dv, dp = None, take(dout, (*tile, keys))
+        dv, dp = None, xp.asarray(take(dout, (*tile, keys)), copy=True)
     else:
         v, do = take(call.value, columns), take(dout, tile)
         dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
         dp = _dropped(call, tile, keys, do @ xp.matrix_transpose(v))
     dp = _masked.select(seen, dp)
-    mean = xp.sum(p * dp, axis=-1, keepdims=True)
+    mean = backend.row_sums(p, dp)
     if dlogsumexp is not None:
         mean = mean - dlogsumexp[(*tile, ...)]
-    dbias = _masked.select(seen, p * (dp - mean))
+    dp -= mean
+    dp *= p
+    dbias = _masked.select(seen, dp)
     dsink = None if p_sink is None else _masked.select(take(call.sink, tile) != -math.inf, -p_sink * mean)
     ds = dbias if slope is None else _masked.select(seen, dbias * slope)
     dq = call.scale * weighted_sum(call, ds, seen, k)
     dk = call.scale * transposed_sum(call, ds, seen, q)
-    return dq, dk, dv, dbias, dsink
+    return dq, dk, dv, dbias[..., : call.own_keys(keys).stop - keys.start], dsink

@@ -48,11 +48,12 @@ class Call:
     space: tuple[int, ...]
     """What there is to cut into tiles: (..., Hkv, R, Lq)."""
 
-    def tiles(self, arrays: int) -> Iterator[Tile]:
-        """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys)."""
-        arrays += sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask))
+    def tiles(self, arrays: int, gradients: int = 0) -> Iterator[Tile]:
+        """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys), and gradients of keys."""
+        arrays += sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask)) + 2 * self.hides
         features = sum(int(array.shape[-1]) for array in (self.key, self.value) if array is not None)
-        return backend.tiles(self.space, (arrays * self.scores[-1] + features) * backend.itemsize(self.query))
+        held = features * (1 + gradients * self.scores[-1] // max(1, self.scores[-2]))
+        return backend.tiles(self.space, (arrays * self.scores[-1] + held) * backend.itemsize(self.query))
 
     def visible_keys(self, tile: Tile) -> slice | None:
         """Return the keys outside of which the rows of the tile see none, or None if there are none."""
@@ -63,6 +64,13 @@ class Call:
             if isinstance(self.last, int):
                 stop = min(stop, rows.stop + self.last)
         return slice(start, stop) if start < stop else None
+
+    def doubtful_keys(self, tile: Tile, keys: slice) -> slice:
+        """Return the last of the keys, so many that all rows of the tile see each of the others."""
+        others = (self.bias, self.mask, self.first, self.query_lengths, self.key_lengths)
+        if self.appended or not isinstance(self.last, int) or any(option is not None for option in others):
+            return keys
+        return slice(max(keys.start, min(tile[-1].start + self.last + 1, keys.stop)), keys.stop)
 
     def own_keys(self, keys: slice) -> slice:
         """Return those of the keys that were not appended: the ones that bias, mask and positions are about."""
@@ -231,6 +239,20 @@ def take(array: Array, at: Tile) -> Array:
     if isinstance(array, int):
         return array
     return array[(*(slice(None) if n == 1 else s for n, s in zip(array.shape, at, strict=False)), ...)]
+
+
+def apart(shape: tuple[int, ...], tile: Tile, space: tuple[int, ...]) -> bool:
+    """Return whether no other tile adds to the same part of an array, of which this is the shape over the space."""
+    return all(m == n > 1 or s.stop - s.start == n for m, s, n in zip(shape, tile, space, strict=True))
+
+
+def added(array: Array, more: Array) -> Array:
+    """Return the sum, in the place of the first if that is as large."""
+    more = more[(None,) * (array.ndim - more.ndim) + (...,)]
+    if any(m not in (1, n) for m, n in zip(more.shape, array.shape, strict=True)):
+        return array + more
+    array += more
+    return array
 
 
 def accumulate(target: Array, at: Tile, part: Array) -> None:

@@ -69,7 +69,7 @@ def test_cupy_takes_the_arguments(calls):
 
 def test_device_is_only_given_where_arrays_are_made(calls):
     makers = {name for name, _, keywords in calls if "device" in keywords}
-    assert makers <= {"zeros", "full", "arange", "asarray"}
+    assert makers <= {"zeros", "full", "empty", "arange", "asarray"}
 
 
 @pytest.mark.parametrize("wrong", [("unstack", 1, ()), ("sum", 1, ("where",)), ("where", 5, ())])
