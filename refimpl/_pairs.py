@@ -308,7 +308,12 @@ def weighted_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Ar
 
     Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
     """
-    product = weights @ x if call.finite else _masked.matmul(weights, x, a_real=seen)
+    if not call.finite:
+        product = _masked.matmul(weights, x, a_real=seen)
+    elif weights.shape[-1] == 1:  # nothing to sum: a third of the time
+        product = weights * x
+    else:
+        product = weights @ x
     if call.hides:
         product += 0.0
     return product

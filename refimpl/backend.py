@@ -41,6 +41,7 @@ LEAST_LIGHT = 4 << 20
 """The bytes of a tile that does little with each of them: a smaller one is done before another thread wakes up."""
 _LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
 _AHEAD_BYTES = 96 << 20  # of results that wait for their turn
+_NOWHERE = contextlib.nullcontext()
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
 
@@ -64,6 +65,8 @@ def namespace(*arrays: Array | None) -> ModuleType:
     >>> namespace(numpy.zeros(3), None) is numpy
     True
     """
+    if len(arrays) == 1 and type(arrays[0]) is np.ndarray and arrays[0].dtype.isnative:  # a hundred times in a call
+        return np
     return common_namespace("namespace", {f"arrays[{i}]": array for i, array in enumerate(arrays)})
 
 
@@ -147,7 +150,7 @@ def op(function: Callable[P, T]) -> Callable[P, T]:
         cupy = sys.modules.get("cupy")
         given: tuple[Any, ...] = (*args, *options.values())
         on_device = [value.device for value in given if cupy is not None and type(value) is cupy.ndarray]
-        with on_device[0] if on_device else contextlib.nullcontext(), np.errstate(all="ignore"):
+        with on_device[0] if on_device else _NOWHERE, np.errstate(all="ignore"):
             return function(*args, **options)
 
     return call
@@ -206,10 +209,12 @@ def _is_cupy(xp: ModuleType) -> bool:
 
 def _placement(like: Array) -> tuple[ModuleType, dict[str, Any], contextlib.AbstractContextManager[Any]]:
     """Return the namespace of `like`, and what puts a new array beside it: creation keywords and a context."""
+    if type(like) is np.ndarray:
+        return np, {}, _NOWHERE
     xp = common_namespace("backend", {"like": like})
     if _is_cupy(xp):  # no device= on creation: the current device counts
         return xp, {}, like.device
-    return xp, {"device": like.device}, contextlib.nullcontext()
+    return xp, {"device": like.device}, _NOWHERE
 
 
 def full(shape: tuple[int, ...], value: float, like: Array, dtype: Any = None) -> Array:
@@ -248,7 +253,9 @@ def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
 
 def itemsize(array: Array) -> int:
     """Return the bytes of one element."""
-    xp = _placement(array)[0]
+    if type(array) is np.ndarray:
+        return int(array.dtype.itemsize)
+    xp = namespace(array)
     info = xp.finfo if xp.isdtype(array.dtype, "real floating") else xp.iinfo
     return int(info(array.dtype).bits) // 8
 
@@ -264,12 +271,14 @@ def float_range(array: Array) -> tuple[float, float]:
 
 def is_half(array: Array) -> bool:
     """Return whether the array is float16 or bfloat16 (which is ml_dtypes' and has no name in the namespaces)."""
+    if type(array) is np.ndarray and array.dtype.itemsize != 2:  # to name a dtype takes microseconds
+        return False
     return str(array.dtype) in ("float16", "bfloat16")
 
 
 def is_floating(array: Array) -> bool:
     """Return whether the array is of a dtype that ops compute with or round to."""
-    xp = _placement(array)[0]
+    xp = namespace(array)
     return array.dtype in (xp.float32, xp.float64) or is_half(array)
 
 
@@ -443,7 +452,7 @@ def run(
     """
     xp, _, context = _placement(like)
     now = _LIMITS.get()
-    with context, np.errstate(all="ignore"), contextlib.nullcontext() if _is_cupy(xp) else _threads.one_blas_thread:
+    with context, np.errstate(all="ignore"), _NOWHERE if _is_cupy(xp) else _threads.one_blas_thread:
         tiles = iter(tiles)
         first = list(itertools.islice(tiles, 2))
         threads = (now.threads or _threads.usable_cores()) if xp is np and len(first) > 1 else 1
