@@ -20,6 +20,7 @@ SLOPE_OVER = 4  # the largest sizes: below them, fixed costs hide the slope
 def draw(run: report.Run, folder: Path) -> Iterator[Path]:
     """Write the pictures into the folder, and yield their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    pyplot.style.use("tableau-colorblind10")
     for side in report.present(run):
         if side.peers:
             yield _save(bars(run, side), folder / f"ratios-{side.device.lower()}.png")

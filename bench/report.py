@@ -78,9 +78,29 @@ def summary(run: Run) -> dict[str, dict[str, float]]:
 def tables(run: Run) -> Iterator[Table]:
     """Yield all tables of a run."""
     for side in present(run):
+        yield brief(run, side)
         yield speed(run, side)
     yield everyone(run)
     yield means(summary(run))
+
+
+def brief(run: Run, side: Side) -> Table:
+    """Return refimpl's time and that over each peer's, forward and backward in one row; the README shows this."""
+    table = Table("forward / backward", box=MARKDOWN)
+    for column in ("ms", "of ceiling", *(f"time / {peer}" for peer in side.peers)):
+        table.add_column(column, justify="right", no_wrap=True)
+    base, ceiling = records(run, side.base), records(run, side.ceiling)
+    columns = [ratios(ceiling, base), *(ratios(base, records(run, peer)) for peer in side.peers)]
+    for name in dict.fromkeys(name for name, _ in base):
+        keys = [(name, direction) for direction in DIRECTIONS]
+        times = [f"{1e3 * median(base[key]):.2f}" if key in base else "-" for key in keys]
+        shares = [f"{columns[0][key]:.0%}" if key in columns[0] else "-" for key in keys]
+        over = [[f"{found[key]:.2f}" if key in found else "-" for key in keys] for found in columns[1:]]
+        table.add_row(name, *(" / ".join(cells) for cells in (times, shares, *over)))
+    means = [geometric_means(found) for found in columns[1:]]
+    cells = (" / ".join(f"{mean[d]:.2f}" if d in mean else "-" for d in DIRECTIONS) for mean in means)
+    table.add_row("geometric mean", "", "", *cells)
+    return table
 
 
 def speed(run: Run, side: Side) -> Table:

@@ -68,7 +68,8 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
     ]
     sizes[0] += len(sizes) > 1  # the last run goes on beyond the last row
     rows = backend.full((*(s.stop - s.start for s in lead), *sizes), 0, x)
-    rows[(..., *places)] = x[(*lead, *region)]
+    if all(r.start < r.stop for r in region):
+        rows[(..., *places)] = x[(*lead, *region)]
     rows = xp.reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
     return rows, [sum(offsets) for offsets in itertools.product(*along)], shape
 

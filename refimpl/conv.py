@@ -503,11 +503,12 @@ def _correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, g
 
 
 def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
-    """Return whether each channel is convolved by itself, with windows that lie next to each other.
+    """Return whether each channel is convolved by itself, with many windows that lie next to each other.
 
     Then there is nothing for a product of matrices to do, and less to gather: see `_windows.end_to_end`.
     """
-    return weight.shape[0] == groups and weight.shape[1] == 1 and all(window.stride == 1 for window in windows)
+    alone = weight.shape[0] == groups and weight.shape[1] == 1
+    return alone and all(window.stride == 1 and window.extent <= window.out for window in windows)
 
 
 def _correlate_planes(
