@@ -130,7 +130,7 @@ def attention_net(x: Array, p: Params) -> tuple[Array, Saved]:
     """Cut the image into patches, let them attend to each other, classify: (N, 1, 8, 8) -> (N, 10)."""
     t = patches(x)
     e = dense(t, p["embed.weight"], p["position"])  # (N, L, E): a bias of its own tells each token its place
-    s = e + refimpl.multi_head_attention(e, e, e, projections(p), num_heads=HEADS)
+    s = attend(e, p)
     f = s.reshape(s.shape[0], -1)
     logits, in_head = head(f, p)
     return logits, (t, e, f, in_head)
@@ -142,17 +142,30 @@ def attention_net_backward(dlogits: Array, x: Array, p: Params, saved: Saved) ->
     t, e, f, in_head = saved
     df, d = head_backward(dlogits, f, p, in_head)
     ds = df.reshape(e.shape)
-    grads = refimpl.multi_head_attention_backward(ds, e, e, e, projections(p), num_heads=HEADS)
-    d |= {f"attention.{name}": grad for name, grad in grads.dparams.items()}
-    de = ds + grads.dquery + grads.dkey + grads.dvalue  # e goes four ways
+    de, dattention = attend_backward(ds, e, p)
+    d |= dattention
     _, d["embed.weight"], _ = dense_backward(de, t, p["embed.weight"])
     d["position"] = de.sum(axis=0)
     return d
 
 
-def patches(x: Array) -> Array:
-    """Return the 4x4 patches of 2x2 pixels, in reading order: (N, 1, 8, 8) -> (N, L, 4)."""
-    return x.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, TOKENS, 4)
+def attend(e: Array, p: Params, **options: Any) -> Array:
+    """Add to each token what it attends to: (N, L, E) -> (N, L, E)."""
+    return e + refimpl.multi_head_attention(e, e, e, projections(p), num_heads=HEADS, **options)
+
+
+def attend_backward(dout: Array, e: Array, p: Params, **options: Any) -> tuple[Array, Params]:
+    """Return de, and the gradient of every parameter of attention; e goes four ways."""
+    grads = refimpl.multi_head_attention_backward(dout, e, e, e, projections(p), num_heads=HEADS, **options)
+    de = dout + grads.dquery + grads.dkey + grads.dvalue
+    return de, {f"attention.{name}": grad for name, grad in grads.dparams.items()}
+
+
+def patches(x: Array, size: int = 2) -> Array:
+    """Return the square patches of that many pixels a side, in reading order: (N, C, H, W) -> (N, L, C * size^2)."""
+    n, c, h, w = x.shape
+    rows = x.reshape(n, c, h // size, size, w // size, size).transpose(0, 2, 4, 1, 3, 5)
+    return rows.reshape(n, -1, c * size * size)
 
 
 def projections(p: Params) -> Params:
@@ -187,11 +200,19 @@ class Network(NamedTuple):
         return {n: xp.asarray(scales[n] * rng.standard_normal(s), dtype=dtype) for n, s in self.shapes.items()}
 
 
-def head_shapes(features: int) -> dict[str, tuple[int, ...]]:
+def attention_shapes() -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of `attend`."""
+    return {
+        "attention.in_proj_weight": (3 * FEATURES, FEATURES), "attention.in_proj_bias": (3 * FEATURES,),
+        "attention.out_proj.weight": (FEATURES, FEATURES), "attention.out_proj.bias": (FEATURES,),
+    }  # fmt: skip
+
+
+def head_shapes(features: int, classes: int = CLASSES) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters of `head`."""
     return {
         "hidden.weight": (HIDDEN, features), "hidden.bias": (HIDDEN,),
-        "out.weight": (CLASSES, HIDDEN), "out.bias": (CLASSES,),
+        "out.weight": (classes, HIDDEN), "out.bias": (classes,),
     }  # fmt: skip
 
 
@@ -201,9 +222,7 @@ NETWORKS = (  # two colours of the palette by Okabe and Ito, which colour-blind 
     }),
     Network("attention", "#D55E00", attention_net, attention_net_backward, {
         "embed.weight": (FEATURES, 4), "position": (TOKENS, FEATURES),
-        "attention.in_proj_weight": (3 * FEATURES, FEATURES), "attention.in_proj_bias": (3 * FEATURES,),
-        "attention.out_proj.weight": (FEATURES, FEATURES), "attention.out_proj.bias": (FEATURES,),
-        **head_shapes(TOKENS * FEATURES),
+        **attention_shapes(), **head_shapes(TOKENS * FEATURES),
     }),
 )  # fmt: skip
 
