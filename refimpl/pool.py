@@ -108,7 +108,7 @@ def max_pool_backward(
         As for `max_pool`, but floating; `return_indices` changes nothing.
     indices : (..., *O), int64, optional
         Those that `max_pool` returned, which saves finding them again. They are not verified, as that would wait for
-        the device: one that names no element of its window drops the gradient of that window.
+        the device: one that names no element of its window drops or misplaces the gradient of that window.
 
     Returns
     -------

@@ -202,10 +202,12 @@ def test_tables(made_up):
     console = Console(width=200, file=io.StringIO())
     for table in report.tables(made_up):
         console.print(table)
-    row = next(line for line in console.file.getvalue().splitlines() if line.startswith("| a"))
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "a", "forward", "200.000", "150%", "5.0 GFLOP/s", "25%", "3.0", "2.00", "0.50",
-    ]  # fmt: skip
+    lines = console.file.getvalue().splitlines()
+    brief, speed, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| a"))
+    assert brief == ["a", "200.00 / 300.00", "25% / -", "2.00 / 0.50", "0.50 / -"]
+    assert speed == ["a", "forward", "200.000", "150%", "5.0 GFLOP/s", "25%", "3.0", "2.00", "0.50"]
+    means = next(line for line in lines if line.startswith("| geometric mean "))
+    assert [cell.strip() for cell in means.split("|")[1:-1]] == ["geometric mean", "", "", "4.00 / 0.50", "0.50 / -"]
 
 
 def test_comparison_with_an_older_run(made_up):

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 import refimpl
-from refimpl.backend import synchronize
+from refimpl.backend import limits, synchronize
 
 from .common import BLUE, MARKERS, RED, SKY, Effort, Finding, Track, power, random_weight
 
@@ -70,12 +70,16 @@ class Cost(NamedTuple):
 
 
 def run(effort: Effort, seed: int, xp: ModuleType, track: Track) -> list[Cost]:
-    """Measure each op: the best time of several, and the most memory that it took beyond its arguments."""
+    """Measure each op: the best time of several, and the most memory that it took beyond its arguments.
+
+    On one thread of the CPU: how work grows, not how well it is shared out.
+    """
     rng, result = np.random.default_rng([seed, 3]), {name: ([], []) for name in WORKS}
     for s, (name, (_, _, make)) in track([*itertools.product(effort.sizes, WORKS.items())]):
         work = make(s, rng, xp)
-        result[name][1].append(peak(work, xp))
-        result[name][0].append(min(seconds(work, xp) for _ in range(effort.repeats)))
+        with limits(threads=1):
+            result[name][1].append(peak(work, xp))
+            result[name][0].append(min(seconds(work, xp) for _ in range(effort.repeats)))
     places = np.array(effort.sizes) ** 2
     return [Cost(name, places, *map(np.array, measured)) for name, measured in result.items()]
 
