@@ -216,5 +216,6 @@ def _attend_backward(
     dsink = None if p_sink is None else _masked.select(take(call.sink, tile) != -math.inf, -p_sink * mean)
     ds = dbias if slope is None else _masked.select(seen, dbias * slope)
     dq = call.scale * weighted_sum(call, ds, seen, k)
-    dk = call.scale * transposed_sum(call, ds, seen, q)
+    dk = transposed_sum(call, ds, seen, q)
+    dk *= call.scale
     return dq, dk, dv, dbias[..., : call.own_keys(keys).stop - keys.start], dsink

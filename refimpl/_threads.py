@@ -59,10 +59,10 @@ class _Job:
             if due is None:
                 self._do(*item)  # type: ignore[misc]  # where nothing is due, there is an item
                 continue
-            tile, result, error = due
-            if error is not None:
-                raise error
-            yield tile, result
+            if due[2] is not None:
+                raise due[2]
+            yield due[:2]
+            del due  # what is large must not wait here for the next
 
     def help(self) -> None:
         """Compute tiles until there are none, in a thread of the crew."""

@@ -468,6 +468,7 @@ def run(
             for tile, result in results:
                 if collect is not None:
                     collect(tile, result)
+                del result  # before the next one is computed
 
 
 # Let the C library keep what tiles free for the tiles that follow, as it does once a large block was freed: glibc gives
