@@ -55,8 +55,10 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     (dout,) = backend.widened(dout)
     if call.hides:
         dout = backend.contiguous(dout)
-        finite = all(math.isfinite(backend.sum_of_squares(a)) for a in (dout, dlogsumexp) if a is not None)
-        call = replace(call, finite=call.finite and finite)
+        # What dropout keeps is scaled up: then, too, the products with the values must stay finite.
+        most = backend.float_range(dout)[1] * call.kept**2
+        bounded = all(backend.sum_of_squares(a) < most for a in (dout, dlogsumexp) if a is not None)
+        call = replace(call, finite=call.finite and bounded)
     dout = by_heads(dout, call.space)
     dlse = None if dlogsumexp is None else backend.namespace(dout).reshape(dlogsumexp, (*call.space, 1))
     arguments = (call.query, call.key, call.value, call.bias, call.sink)

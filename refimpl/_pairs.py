@@ -128,7 +128,7 @@ def prepare(
     finite = True
     if hides:  # of the same memory layout, finite or not: BLAS rounds by layout
         query, key, value = (None if array is None else backend.contiguous(array) for array in (query, key, value))
-        finite = _bounded(query, key, value, bias, factor, largest)
+        finite = _bounded(query, key, value, (bias, sink), factor, largest)
     return Call(
         query=split(query),
         key=split(key),
@@ -152,13 +152,15 @@ def prepare(
     )
 
 
-def _bounded(query: Array, key: Array, value: Array | None, bias: Array | None, scale: float, largest: float) -> bool:
+def _bounded(
+    query: Array, key: Array, value: Array | None, added: tuple[Array | None, ...], scale: float, largest: float
+) -> bool:
     """Return whether nothing is NaN or inf, nor any score, which the sums of squares bound (Cauchy and Schwarz)."""
     q, k, *v = (backend.sum_of_squares(array) for array in (query, key, value) if array is not None)
     scaled = abs(scale) * math.sqrt(q)
     bounded = all(map(math.isfinite, v)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
-    # Of a bias, -inf and what is added up to it do no harm: they hide.
-    return bounded and (bias is None or 0 in bias.shape or backend.largest(bias) < largest / 2)
+    # Of a bias or a sink, -inf and what is added up to it do no harm: they hide.
+    return bounded and all(a is None or 0 in a.shape or backend.largest(a) < largest / 2 for a in added)
 
 
 def _band(

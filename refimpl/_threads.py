@@ -1,9 +1,11 @@
 """Threads that take turns at the tiles of a call, and BLAS held to one thread meanwhile. Knows nothing of arrays."""
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -53,9 +55,6 @@ class _Job:
                         return
                     self._changed.wait()
                 due = self._arrived.pop(self._given, None)
-                if due is not None:
-                    self._given += 1
-                    self._changed.notify_all()
             if due is None:
                 self._do(*item)  # type: ignore[misc]  # where nothing is due, there is an item
                 continue
@@ -63,6 +62,9 @@ class _Job:
                 raise due[2]
             yield due[:2]
             del due  # what is large must not wait here for the next
+            with self._changed:
+                self._given += 1
+                self._changed.notify_all()
 
     def help(self) -> None:
         """Compute tiles until there are none, in a thread of the crew."""
@@ -93,8 +95,11 @@ class _Job:
             return None
         try:
             tile = next(self._tiles)
-        except StopIteration:
+        except BaseException as raised:
             self._over = True
+            if not isinstance(raised, StopIteration):
+                self._arrived[self._taken] = (), None, raised
+                self._taken += 1
             self._changed.notify_all()
             return None
         self._taken += 1
@@ -120,51 +125,74 @@ class _Crew:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._size = 0
+        self._lock = threading.RLock()  # a signal handler may call an op, too
+        self._size = self._idle = 0
 
     def help_with(self, job: _Job, helpers: int) -> None:
-        """Send helpers to a job, fewer if the system has no more threads or the interpreter is shutting down."""
+        """Send helpers to a job: those that are idle, and more if there are fewer threads than that."""
         with self._lock:
             try:
-                while self._size < helpers:
-                    threading.Thread(target=_serve, args=(self._jobs,), name="refimpl", daemon=True).start()
+                while self._idle < helpers and self._size < helpers:
+                    threading.Thread(target=self._serve, args=(self._jobs,), name="refimpl", daemon=True).start()
                     self._size += 1
-            except RuntimeError:
-                helpers = self._size
-        for _ in range(helpers):
+                    self._idle += 1
+            except RuntimeError:  # the system has no more threads, or the interpreter is shutting down
+                pass
+            sent = min(helpers, self._idle)
+            self._idle -= sent
+        for _ in range(sent):
             self._jobs.put(job)
 
+    def _serve(self, jobs: "SimpleQueue[_Job]") -> None:
+        while True:
+            jobs.get().help()
+            with self._lock:
+                self._idle += 1
 
-def _serve(jobs: "SimpleQueue[_Job]") -> None:
-    while True:
-        jobs.get().help()
+
+class _Call:
+    """Somebody who wants BLAS on one thread."""
 
 
 class _OneBlasThread:
-    """Holds BLAS to one thread while any call is inside: the limit is the process's, so calls are counted."""
+    """Holds BLAS to one thread while any call is inside: the limit is the process's, so calls are told apart.
+
+    Ctrl-C may interrupt any line, in here too: a call that is gone counts no more, as it is only known by a weak
+    reference, and whoever leaves last restores what was before the first.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: list[int] = []
+        self._lock = threading.RLock()  # a signal handler may call an op, too
+        self._inside = weakref.WeakSet[_Call]()
+        self._before: list[int] | None = None
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = [library.num_threads for library in _blas_libraries()]
-                self._set([1] * len(self._before))
-            self._inside += 1
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        call = _Call()
+        try:
+            with self._lock:
+                self._inside.add(call)
+                if self._before is None:
+                    self._before = [library.num_threads for library in _blas_libraries()]
+                    self._set([1] * len(self._before))
+            yield
+        finally:
+            try:
+                self._leave(call)
+            except KeyboardInterrupt:
+                self._leave(call)
+                raise
 
-    def __exit__(self, *_: object) -> None:
+    def _leave(self, call: _Call) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
+            self._inside.discard(call)
+            if not self._inside and self._before is not None:
                 self._set(self._before)
+                self._before = None
 
     def forked(self) -> None:
         """Start anew in a child process, where the calls that were inside have no thread to leave in."""
-        if self._inside:
+        if self._before is not None:
             self._set(self._before)
         self.__init__()  # type: ignore[misc]  # there is nobody else yet
 

@@ -40,7 +40,7 @@ _DEFAULTS = _Limits(threads=None, tile_bytes=4 << 20)
 LEAST_LIGHT = 4 << 20
 """The bytes of a tile that does little with each of them: a smaller one is done before another thread wakes up."""
 _LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
-_AHEAD_BYTES = 96 << 20  # of results that wait for their turn
+_AHEAD_BYTES = 64 << 20  # of results that wait for their turn
 _NOWHERE = contextlib.nullcontext()
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
 
@@ -452,7 +452,7 @@ def run(
     """
     xp, _, context = _placement(like)
     now = _LIMITS.get()
-    with context, np.errstate(all="ignore"), _NOWHERE if _is_cupy(xp) else _threads.one_blas_thread:
+    with context, np.errstate(all="ignore"), _NOWHERE if _is_cupy(xp) else _threads.one_blas_thread():
         tiles = iter(tiles)
         first = list(itertools.islice(tiles, 2))
         threads = (now.threads or _threads.usable_cores()) if xp is np and len(first) > 1 else 1

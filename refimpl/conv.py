@@ -23,6 +23,7 @@ __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpo
 
 _MANY = 1024  # windows, from which on it pays to multiply each line of taps by itself
 _FEW = 4  # times fewer channels that come out of a gradient than go in make it pay to multiply before adding back
+_NEAR = 32  # elements, within which the taps of windows lie that share what a tile reads
 _ROWS = 32  # of a matrix, from which on a product is as fast as any
 
 Ints = int | Sequence[int]
@@ -508,7 +509,7 @@ def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
     Then there is nothing for a product of matrices to do, and less to gather: see `_windows.end_to_end`.
     """
     alone = weight.shape[0] == groups and weight.shape[1] == 1
-    return alone and all(window.stride == 1 and window.extent <= window.out for window in windows)
+    return alone and all(w.stride == 1 and w.extent <= min(w.out, _NEAR) for w in windows)
 
 
 def _correlate_planes(

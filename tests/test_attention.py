@@ -536,3 +536,24 @@ def test_an_additive_mask_is_hidden_by_arithmetic(low):
     assert not _pairs._bounded(query, query, query, bias * np.float32(np.nan), 1.0, 3e38)
     assert not _pairs._bounded(query, query, query, -bias, 1.0, 1e29)
     np.testing.assert_allclose(attention(query, query, query, bias=bias), query, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sink", [np.nan, np.inf, -np.inf])
+def test_a_sink_that_is_not_finite_stays_away_from_hidden_pairs(sink):
+    ones, mask = np.ones((1, 2, 1)), np.array([[True, False]] * 2)  # nobody sees key 1
+    options = {"mask": mask, "sink": np.array([sink]), "bias": np.zeros((1, 2, 2))}
+    grads = attention_backward(ones, ones, ones, ones, **options)
+    assert grads.dkey[0, 1].tolist() == grads.dvalue[0, 1].tolist() == [0.0]
+    assert grads.dbias[0, :, 1].tolist() == [0.0, 0.0]
+    assert attention_weights(ones, ones, **options)[0, :, 1].tolist() == [0.0, 0.0]
+
+
+def test_a_large_hidden_value_changes_no_bit_where_dropout_scales_up():
+    query, key, dout = np.ones((1, 2, 2), "f4"), np.ones((1, 3, 2), "f4"), np.full((1, 2, 2), 1e18, "f4")
+    options = {"mask": np.array([[True, True, False]] * 2), "dropout_mask": np.ones((2, 3), bool), "dropout_p": 0.999}
+    results = []
+    for hidden in (0, 1e18):
+        value = np.array([[[1, 2], [3, 4], [hidden, hidden]]], np.float32)
+        results.append(attention_backward(dout, query, key, value, **options).dquery)
+    assert np.isfinite(results[0]).all()
+    np.testing.assert_array_equal(*results)

@@ -1,6 +1,8 @@
 """Whose arrays these are, tiles, and the loop over them: order, threads, limits, errors."""
 
 import contextvars
+import itertools
+import linecache
 import multiprocessing
 import os
 import signal
@@ -141,6 +143,76 @@ def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
     time.sleep(0.05)
     assert len(started) == count < 100
     assert blas_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_of_the_tiles_themselves_arrives(threads):
+    def tiles():
+        yield from be.tiles((10,), 8)
+        raise MemoryError("no more tiles")
+
+    for _ in range(20):
+        with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no more tiles"):
+            be.run(lambda _: time.sleep(0.0005), tiles(), np.ones(1))
+
+
+def test_no_job_waits_for_helpers_that_are_busy():
+    release, started = threading.Event(), threading.Event()
+
+    def hold(_):
+        started.set()
+        release.wait(timeout=30)
+
+    def busy():
+        with be.limits(threads=3, tile_bytes=8):
+            be.run(hold, be.tiles((3,), 8), np.ones(1))
+
+    holder = threading.Thread(target=busy)
+    holder.start()
+    started.wait(timeout=30)
+    with be.limits(threads=3, tile_bytes=8):
+        for _ in range(50):
+            be.run(lambda _: None, be.tiles((4,), 8), np.ones(1))
+    assert refimpl._threads._CREW._jobs.qsize() <= refimpl._threads._CREW._size
+    release.set()
+    holder.join()
+
+
+def interrupted_at(number, call):
+    """Run a call, and interrupt it at a line of `_threads`; returns whether it got there.
+
+    Not at a `with`, where Python lets no signal in between a lock and its release.
+    """
+    lines = itertools.count(1)
+
+    def trace(frame, event, _):
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        here = file == refimpl._threads.__file__ and event == "line" and "with " not in linecache.getline(file, line)
+        if here and next(lines) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_ctrl_c_on_any_line_is_healed_by_the_next_call():
+    def call():
+        be.run(lambda _: None, [(slice(0, 1),)], np.ones(1))
+
+    before, number = blas_threads(), 1
+    while interrupted_at(number, call):
+        call()
+        assert blas_threads() == before
+        number += 1
+    assert number > 10
 
 
 def blas_threads():
