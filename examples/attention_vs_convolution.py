@@ -25,14 +25,13 @@ import matplotlib
 import numpy as np
 from comparison import cost, long_range, shifts, sight
 from comparison.common import Effort, Finding
-from digits import TOLERANCE, worst_gradient_error
+from digits import TOLERANCE, parsed, worst_gradient_error
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-import refimpl
 from refimpl.testing import check_gradients
 
 EXPERIMENTS = {"Long range": long_range, "What one output sees": sight, "Cost": cost, "Shifts": shifts}
@@ -95,18 +94,10 @@ def draw_details(path: Path, results: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    default = Path("attention_vs_convolution.png")
-    parser.add_argument("--backend", choices=["numpy", "cupy"], default="numpy", help="what to compute with")
     parser.add_argument("--check", action="store_true", help="first compare gradients with numeric ones")
-    parser.add_argument("--out", type=Path, default=default, help=f"where to save the picture ({default})")
     parser.add_argument("--quick", action="store_true", help="a short run that shows that everything works")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (0)")
-    args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"--out must be in a folder that exists; got {args.out}")
-    if args.backend not in refimpl.backend.available():
-        parser.error("--backend cupy needs a GPU, and CuPy (pip install '.[cuda12]' or '.[cuda13]')")
-    return args
+    return parsed(parser, "attention_vs_convolution.png")
 
 
 def main() -> None:

@@ -432,24 +432,30 @@ def table(runs: list[Run]) -> Table:
     return result
 
 
-def arguments() -> argparse.Namespace:
-    """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parsed(parser: argparse.ArgumentParser, picture: str) -> argparse.Namespace:
+    """Read the command line, with what all examples take: where to compute, and where to save the picture."""
     parser.add_argument("--backend", choices=["numpy", "cupy"], default="numpy", help="what to compute with")
-    parser.add_argument("--check", action="store_true", help="first compare gradients with numeric ones")
-    parser.add_argument("--epochs", type=int, help=f"how often to see all training images ({EPOCHS}; 2 with --quick)")
-    parser.add_argument("--out", type=Path, default=Path("digits.png"), help="where to save the picture (digits.png)")
-    parser.add_argument("--quick", action="store_true", help="a short run that shows that everything works")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of images (0)")
+    parser.add_argument("--out", type=Path, default=Path(picture), help=f"where to save the picture ({picture})")
     args = parser.parse_args()
-    if args.epochs is None:
-        args.epochs = 2 if args.quick else EPOCHS
-    if args.epochs < 1:
-        parser.error(f"--epochs must be at least 1; got {args.epochs}")
     if not args.out.parent.is_dir():
         parser.error(f"--out must be in a folder that exists; got {args.out}")
     if args.backend not in refimpl.backend.available():
         parser.error("--backend cupy needs a GPU, and CuPy (pip install '.[cuda12]' or '.[cuda13]')")
+    return args
+
+
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="first compare gradients with numeric ones")
+    parser.add_argument("--epochs", type=int, help=f"how often to see all training images ({EPOCHS}; 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a short run that shows that everything works")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of images (0)")
+    args = parsed(parser, "digits.png")
+    if args.epochs is None:
+        args.epochs = 2 if args.quick else EPOCHS
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1; got {args.epochs}")
     return args
 
 

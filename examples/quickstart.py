@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from digits import parsed
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
@@ -246,16 +247,10 @@ def numeric(xp: ModuleType, rng: np.random.Generator) -> None:
 
 def main() -> None:
     """Go through all sections, as the command line says."""
-    parser, out = argparse.ArgumentParser(description=__doc__.partition("\n")[0]), Path("quickstart.png")
-    parser.add_argument("--backend", choices=["numpy", "cupy"], default="numpy", help="what to compute with")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="also compare the gradients of all ops with numeric ones")
-    parser.add_argument("--out", type=Path, default=out, help=f"where to save the picture ({out})")
     parser.add_argument("--quick", action="store_true", help="changes nothing: this takes seconds")
-    args, rng = parser.parse_args(), np.random.default_rng(0)
-    if not args.out.parent.is_dir():
-        parser.error(f"--out must be in a folder that exists; got {args.out}")
-    if args.backend not in available():
-        parser.error("--backend cupy needs a GPU, and CuPy (pip install '.[cuda12]' or '.[cuda13]')")
+    args, rng = parsed(parser, "quickstart.png"), np.random.default_rng(0)
     xp = importlib.import_module(args.backend)
     ops_and_gradients(xp, rng)
     both_backends(rng)

@@ -127,13 +127,11 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
         s = added(s, call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
     if call.hides and call.finite:
         doubtful = call.doubtful_keys(tile, keys)
-        hidden = visible(call, tile, doubtful)
+        allowed = visible(call, tile, doubtful)
+        hidden = 1.0 - 1.0 / xp.astype(allowed, s.dtype)  # 0 where a pair is visible, and else -inf
         if doubtful == keys:
-            sees = xp.any(hidden, axis=-1, keepdims=True)
-        hidden = 1.0 - 1.0 / xp.astype(hidden, s.dtype)  # 0 where a pair is visible, and else -inf
-        if doubtful == keys:
-            s = added(s, hidden)
-        else:
+            sees, s = xp.any(allowed, axis=-1, keepdims=True), added(s, hidden)
+        else:  # all rows see the keys before
             s[..., doubtful.start - keys.start :] += hidden
     elif call.hides:
         seen = visible(call, tile, keys)

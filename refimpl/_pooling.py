@@ -129,12 +129,6 @@ def spread(
     return dx
 
 
-def by_tap(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, Tile]]:
-    """Yield what each tap of all windows reads, and for which outputs."""
-    for _, reads, writes in taps(windows, outputs):
-        yield reads, writes
-
-
 def _region(windows: AnyWindows, outputs: Tile) -> Tile:
     """Return the range of elements along each dimension that the windows of a tile read from."""
     return tuple(window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True))

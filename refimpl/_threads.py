@@ -215,7 +215,7 @@ one_blas_thread = _OneBlasThread()
 
 def _forked() -> None:
     """In a child process there is only the thread that forked it."""
-    _CREW.__init__()  # type: ignore[misc]
+    _CREW.__init__()  # type: ignore[misc]  # there is nobody else yet
     one_blas_thread.forked()
 
 

@@ -395,11 +395,8 @@ def add_at(target: Array, places: Array, values: Array, spatial: int) -> bool:
     if xp is not np or not places.size or places.view(np.uint64).max() >= (plane := math.prod(target.shape[-spatial:])):
         return False  # places outside of the plane are none at all
     rows, places, values = (a.reshape(-1, math.prod(a.shape[-spatial:])) for a in (target, places, values))
-    step = max(1, 1000000 // places.shape[1])  # planes at a time: small arrays stay in the cache
-    first = np.arange(0, step * plane, plane)[:, None]
-    for i in range(0, len(rows), step):
-        here = (places[i : i + step] + first[: len(rows) - i]).reshape(-1)
-        np.add.at(rows[i : i + step].reshape(-1), here, values[i : i + step].reshape(-1))
+    first = np.arange(0, rows.size, plane)[:, None]
+    np.add.at(rows.reshape(-1), (places + first).reshape(-1), values.reshape(-1))
     return True
 
 

@@ -335,9 +335,7 @@ def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[
     """
     xp = backend.namespace(weight)
     first = windows[0]
-    rows = (
-        math.prod(weight.shape[1:]) // first.kernel
-    )  # that need not be copied for each further tap, but results added
+    rows = math.prod(weight.shape[1:]) // first.kernel  # not copied for each further tap; there, results are added
     shared = first.stride == 1 and 1 < first.extent <= first.out and rows >= 2 * weight.shape[0] // groups
     shared = shared and math.prod(w.out for w in windows) >= _MANY
     if shared:

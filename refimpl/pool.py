@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Sequence
 
 from . import _checks, _pooling, backend
-from ._geometry import Windows
+from ._geometry import Windows, taps
 from .backend import Array, Tile
 
 __all__ = ["avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward", "max_pool", "max_pool_backward"]
@@ -374,7 +374,7 @@ def lp_pool_backward(
         lead, outputs = _pooling.split(tile, windows)
         units, total = _powers(wide, p, windows, tile)
         norms = total ** (1 / p)  # in the units
-        for reads, writes in _pooling.by_tap(windows, outputs):
+        for _, reads, writes in taps(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
             unit, norm = units[place], norms[place]
             if p < 1:  # a quotient that vanishes would be an inf here; that of the fourth roots does not
@@ -400,11 +400,11 @@ def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Ar
     xp = backend.namespace(x)
     lead, outputs = _pooling.split(tile, windows)
     unit, total = (backend.full(_pooling.sizes_of(tile), 0, x) for _ in range(2))
-    for reads, writes in _pooling.by_tap(windows, outputs):
+    for _, reads, writes in taps(windows, outputs):
         place = (..., *writes)
         unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))
     unit = xp.where((unit > 0) & xp.isfinite(unit), unit, 1.0)
-    for reads, writes in _pooling.by_tap(windows, outputs):
+    for _, reads, writes in taps(windows, outputs):
         place = (..., *writes)
         total[place] += (xp.abs(x[(*lead, *reads)]) / unit[place]) ** p
     return unit, total
