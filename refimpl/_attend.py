@@ -15,6 +15,9 @@ from . import _masked, backend
 from ._pairs import Call, accumulate, added, apart, by_heads, take, transposed_sum, visible, weighted_sum
 from .backend import Array, Tile
 
+_MANY = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
+_MODEST = 24.0  # the largest score that exp takes as it is: nothing that it may be multiplied by comes near an overflow
+
 
 def attend(call: Call) -> tuple[Array, Array]:
     """Return the output and the logsumexp: (..., Hq, Lq, Ev), (..., Hq, Lq)."""
@@ -118,8 +121,33 @@ class _Softmax(NamedTuple):
 def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     """Return softmax(s) for the rows of the tile."""
     xp = backend.namespace(call.query)
-    slope, seen, p_sink, sees = None, None, None, None
-    s = (call.scale * take(call.query, tile)) @ xp.matrix_transpose(take(call.key, (*tile[:-1], keys)))
+    s, slope, seen, sees = _scores(call, tile, keys)
+    sink = None if call.sink is None else take(call.sink, tile)
+    shift = _shift(call, tile, keys, s, sink, sees)
+    if shift is not None:
+        s -= shift
+    e = _masked.select(seen, backend.exp(s))
+    total, p_sink = backend.row_sums(e), None
+    if sink is not None:
+        p_sink = xp.exp(sink if shift is None else sink - shift)
+        total = total + p_sink
+        p_sink = p_sink / total
+    logsumexp = xp.log(total) if shift is None else shift + xp.log(total)
+    if sees is not None:
+        total = xp.where(sees, total, 1.0)
+        if sink is not None:  # a query that sees no key meets the sink alone
+            logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
+    return _Softmax(e, total, p_sink, logsumexp, slope, seen)
+
+
+def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Return the scores of the tile, -inf at hidden pairs, and `slope` and `seen` of `_Softmax`.
+
+    Last, which rows see any key, (..., rows, 1); None where each does.
+    """
+    xp = backend.namespace(call.query)
+    slope, seen, sees = None, None, None
+    s = backend.matmul(_scaled(call, tile), xp.matrix_transpose(take(call.key, (*tile[:-1], keys))))
     if call.softcap is not None:
         capped = xp.tanh(s / call.softcap)
         s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
@@ -138,25 +166,42 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
         sees = xp.any(seen, axis=-1, keepdims=True)
         seen, s = xp.broadcast_arrays(seen, s)
         s = xp.where(seen, s, -math.inf)
-    largest = xp.max(s, axis=-1, keepdims=True)
-    if call.sink is not None:
-        sink = take(call.sink, tile)
+    return s, slope, seen, sees
+
+
+def _shift(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None) -> Array | None:
+    """Return what is taken from the scores of each row before exp, (..., rows, 1); None if it is 0.
+
+    Whatever that is, the softmax is the same, if nothing overflows or vanishes. The largest of the row is safe, and so
+    is 0 where it is modest, which on a CPU saves one pass over the scores, or two if lengths bound them (Cauchy and
+    Schwarz). What is taken from a row depends on nothing that the row does not see.
+    """
+    xp = backend.namespace(s)
+    saves = backend.at_hand(s) and min(s.shape[-2:]) >= _MANY
+    modest = None
+    if saves and not call.hides and call.bias is None and sink is None:
+        longest = xp.max(_lengths(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
+        modest = _lengths(_scaled(call, tile)) * longest <= _MODEST
+        if xp.all(modest):
+            return None
+    largest = backend.row_largest(s)
+    if sink is not None:
         largest = xp.maximum(largest, sink)
     if sees is not None:
         largest = xp.where(sees, largest, 0.0)
-    s -= largest
-    e = _masked.select(seen, backend.exp(s))
-    total = xp.sum(e, axis=-1, keepdims=True)
-    if call.sink is not None:
-        p_sink = xp.exp(sink - largest)
-        total = total + p_sink
-        p_sink = p_sink / total
-    logsumexp = largest + xp.log(total)
-    if sees is not None:
-        total = xp.where(sees, total, 1.0)
-        if call.sink is not None:  # a query that sees no key meets the sink alone
-            logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
-    return _Softmax(e, total, p_sink, logsumexp, slope, seen)
+    if saves:
+        in_range = (largest >= 0.0) & (largest <= _MODEST)
+        largest = xp.where(in_range if modest is None else in_range | modest, 0.0, largest)
+    return largest if not saves or xp.any(largest) else None
+
+
+def _scaled(call: Call, tile: Tile) -> Array:
+    return call.scale * take(call.query, tile)
+
+
+def _lengths(rows: Array) -> Array:
+    """Return the Euclidean length of each row, (..., rows, 1)."""
+    return backend.namespace(rows).sqrt(backend.row_sums(rows, rows))
 
 
 def _normalised(found: _Softmax) -> Array:
@@ -205,7 +250,7 @@ def _attend_backward(
     else:
         v, do = take(call.value, columns), take(dout, tile)
         dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
-        dp = _dropped(call, tile, keys, do @ xp.matrix_transpose(v))
+        dp = _dropped(call, tile, keys, backend.matmul(do, xp.matrix_transpose(v)))
     dp = _masked.select(seen, dp)
     mean = backend.row_sums(p, dp)
     if dlogsumexp is not None:

@@ -366,10 +366,46 @@ def exp(array: Array) -> Array:
     return xp.exp(array, out=array) if xp is np or _is_cupy(xp) else xp.exp(array)
 
 
-def row_sums(a: Array, b: Array) -> Array:
-    """Return the sums over the last dimension of `a * b`, which keeps size 1; on a CPU the product is not stored."""
+def matmul(a: Array, b: Array) -> Array:
+    """Return `a @ b`; on a CPU its rows lie so that they do not crowd each other out of the cache.
+
+    Rows that begin a multiple of 4 KiB apart all fall into the same few lines of it (256x64 @ 64x4096, float32: 1.9 ms,
+    and 1.5 ms with 64 bytes between the rows).
+    """
     xp = _namespace_of(a)
-    return np.vecdot(a, b)[..., None] if xp is np else namespace(a).sum(a * b, axis=-1, keepdims=True)
+    width = b.shape[-1]
+    if xp is not np or a.shape[-2] == 1 or width * a.itemsize % 4096:
+        return a @ b
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    rows = np.empty((*lead, a.shape[-2], width + 64 // a.itemsize), dtype=a.dtype)
+    return np.matmul(a, b, out=rows[..., :width])
+
+
+def row_sums(a: Array, b: Array | None = None) -> Array:
+    """Return the sums over the last dimension of `a`, or of `a * b`, which keeps size 1.
+
+    On a CPU as a product of vectors: nothing is stored, and it takes half the time of a sum.
+    """
+    xp = namespace(a)
+    if xp is np:
+        return np.vecdot(a, np.ones(a.shape[-1], dtype=a.dtype) if b is None else b)[..., None]
+    return xp.sum(a if b is None else a * b, axis=-1, keepdims=True)
+
+
+def row_largest(array: Array) -> Array:
+    """Return the largest of the last dimension, which keeps size 1; NaN if there is one.
+
+    As the reduction of a segment, which NumPy begins faster than that of a dimension: 40 for 70 ns of 128 elements.
+    """
+    xp = namespace(array)
+    if xp is np and array.shape[-1]:
+        return np.maximum.reduceat(array, [0], axis=-1)
+    return xp.max(array, axis=-1, keepdims=True)
+
+
+def at_hand(array: Array) -> bool:
+    """Return whether numbers of the array can be read without waiting for a device."""
+    return _namespace_of(array) is np
 
 
 def largest(array: Array) -> float:
@@ -453,19 +489,33 @@ def run(
         tiles = iter(tiles)
         first = list(itertools.islice(tiles, 2))
         threads = (now.threads or _threads.usable_cores()) if xp is np and len(first) > 1 else 1
+        work = _unbuffered(work) if len(first) > 1 else work
         tiles = itertools.chain(first, tiles)
         if threads == 1:
             results = ((tile, work(*tile)) for tile in tiles)
         else:
             few = max(1, min(2 * threads, _AHEAD_BYTES // (result_bytes or now.tile_bytes)))
-            # NumPy's handling of floating-point errors is a context variable: a thread does not see the caller's.
-            quietly = np.errstate(all="ignore")(work)
-            results = _threads.in_order(quietly, tiles, threads, ahead=math.inf if collect is None else few)
+            results = _threads.in_order(work, tiles, threads, ahead=math.inf if collect is None else few)
         with contextlib.closing(results):
             for tile, result in results:
                 if collect is not None:
                     collect(tile, result)
                 del result  # before the next one is computed
+
+
+def _unbuffered(work: Callable[..., T]) -> Callable[..., T]:
+    """Let NumPy compute in place what lies in rows of 4 KiB or more, and without floating-point warnings.
+
+    Arrays with gaps it copies to a buffer first, as many rows as fit, which takes longer than to multiply them. Both
+    settings are context variables: a thread does not see the caller's. (Attention 2x8x1024x64: 35 and 32 ms.)
+    """
+
+    def call(*tile: slice) -> T:
+        with np.errstate(all="ignore"):  # which restores the size of the buffer, too
+            np.setbufsize(1024)
+            return work(*tile)
+
+    return call
 
 
 # Let the C library keep what tiles free for the tiles that follow, as it does once a large block was freed: glibc gives

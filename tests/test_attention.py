@@ -79,6 +79,46 @@ def poison(arrays, options, value):
     return tuple(poisoned), options, visible
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sink": np.array([1.0])}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0], ids=["modest", "mixed", "large"])
+def test_many_rows_agree_with_loops(size, options):
+    """Tiles in which the softmax may do without the largest score: of all rows, of some, of none."""
+    query, key, value = normal(140, 4, seed=1), normal(150, 4, seed=2), normal(150, 3, seed=3)
+    query *= np.linspace(0.1, size, 140)[:, None]
+    query[:2] = key[:1] * [[-8.0], [8.0]] / np.square(key[0]).sum()  # alone with this key, a row has no other score
+    dout, dlogsumexp = normal(140, 3), normal(140)
+    result = attention(query, key, value, **options, return_logsumexp=True)
+    grads = attention_backward(dout, query, key, value, **options, dlogsumexp=dlogsumexp)
+    expected = oracles.attention(query, key, value, dout=dout, dlogsumexp=dlogsumexp, **options)
+    for a, b in zip((*result, *grads), (*expected[:2], *expected[3:]), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or np.allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 20}], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e3])
+def test_a_query_among_many_is_alone(value, options):
+    """Whatever it holds, no bit of another changes."""
+    query, key, values = (normal(140, 4, seed=seed) for seed in range(3))
+    other = query.copy()
+    other[7] = value
+    for clean, dirty in zip(
+        attention(query, key, values, **options, return_logsumexp=True),
+        attention(other, key, values, **options, return_logsumexp=True),
+        strict=True,
+    ):
+        assert_same_bits([np.delete(clean, 7, axis=0)], [np.delete(dirty, 7, axis=0)])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e3])
+def test_hidden_keys_never_matter_to_many_rows(value):
+    query, key, values = normal(140, 4), normal(150, 4, seed=1), normal(150, 3, seed=2)
+    clean = attention(query, key, values, is_causal=True, return_logsumexp=True)
+    key[130:], values[130:] = value, value
+    dirty = attention(query, key, values, is_causal=True, return_logsumexp=True)
+    assert_same_bits([a[:130] for a in clean], [a[:130] for a in dirty])
+
+
 @given(case=strategies.scaled_dot_product_attention(), value=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_hidden_pairs_never_matter(backend, case, value):
     *dirty, visible = poison(*case[:2], value)
