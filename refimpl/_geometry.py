@@ -42,6 +42,11 @@ class Window(NamedTuple):
         return self.low > 0 or (self.out - 1) * self.stride - self.low + self.extent > self.size
 
     @property
+    def shared_count(self) -> int:
+        """How many elements each window holds, or 0 if not every one as many."""
+        return 0 if self.overreaches else self.kernel
+
+    @property
     def padded(self) -> "Window":
         """The same windows over the elements and their padding, as if the padding were elements."""
         return self._replace(size=self.low + self.size + self.high, low=0, high=0)
@@ -130,6 +135,11 @@ class AdaptiveWindow(NamedTuple):
     def reach(self, start: int, stop: int) -> slice:
         """Return the range of elements that the windows in `[start, stop)` read from."""
         return slice(self.elements(start).start, self.elements(stop - 1).stop)
+
+    @property
+    def shared_count(self) -> int:
+        """How many elements each window holds, or 0 if not every one as many."""
+        return 0 if self.size % self.out else self.size // self.out
 
     @property
     def padded(self) -> "AdaptiveWindow":

@@ -54,12 +54,11 @@ def largest_backward(dout: Array, x: Array, windows: AnyWindows, indices: Array 
 
 def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the sum over each window, divided: (..., *S) -> (..., *O)."""
-    xp = backend.namespace(x)
     out = backend.empty(pooled_shape(x, windows), x)
 
     def work(*tile: slice) -> None:
         outputs = split(tile, windows)[1]
-        out[tile] = divide(_reduced(x, windows, tile, 0, operator.add, xp.sum), outputs)
+        out[tile] = divide(_reduced(x, windows, tile, 0, operator.add, backend.sums), outputs)
 
     backend.run(work, tiles_of(x, windows), x)
     return out
@@ -247,9 +246,13 @@ def divider(
     x: Array, windows: AnyWindows, count_include_pad: bool = False, divisor_override: int | None = None
 ) -> Divide:
     """Return the function that divides sums over the windows of a tile by the number of elements that count."""
+    counted = [window.padded for window in windows] if count_include_pad else windows
+    shared = [window.shared_count for window in counted]
+    if divisor_override is None and all(shared):
+        divisor_override = math.prod(shared)
     if divisor_override is not None:
         return lambda total, _: total / float(divisor_override)
-    counts = _windows.counts([window.padded for window in windows] if count_include_pad else windows, x)
+    counts = _windows.counts(counted, x)
 
     def divide(total: Array, outputs: Tile) -> Array:
         divisor = 1.0

@@ -392,6 +392,19 @@ def row_sums(a: Array, b: Array | None = None) -> Array:
     return xp.sum(a if b is None else a * b, axis=-1, keepdims=True)
 
 
+def sums(array: Array, axis: int | tuple[int, ...], keepdims: bool) -> Array:
+    """Return the sums along dimensions: as `row_sums` of the last ones where these lie end to end and are not long.
+
+    (Of 512 planes of 56x56, 0.25 and 0.1 ms.) The longer, the more accurate it is to add up pairs of pairs.
+    """
+    last = array.ndim - len(axis) if isinstance(axis, tuple) and axis == tuple(range(-len(axis), 0)) else array.ndim
+    size = math.prod(array.shape[last:])
+    if _namespace_of(array) is not np or not array.flags.c_contiguous or not 1 < size <= 4096:
+        return namespace(array).sum(array, axis=axis, keepdims=keepdims)
+    total = row_sums(array.reshape(*array.shape[:last], size))
+    return total.reshape(*array.shape[:last], *(1,) * (array.ndim - last if keepdims else 0))
+
+
 def row_largest(array: Array) -> Array:
     """Return the largest of the last dimension, which keeps size 1; NaN if there is one.
 
