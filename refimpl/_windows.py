@@ -5,18 +5,21 @@ T taps of the kernel; `(*S)` the elements that windows slide over; `(*O)` the wi
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import backend
 from ._geometry import AdaptiveWindow, AnyWindows, Windows, taps
 from .backend import Array, Tile
 
+_MANY = 16  # taps, from which on it pays to gather them along one dimension after another
+
 
 def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     """Return what every tap of every window in the tile reads: `columns[..., t, o] = x[..., element of t at o]`.
 
-    Taps in padding hold 0.
+    Taps in padding hold 0. Many are gathered along the last dimension first: a kernel of 7x7 takes 7 copies of short
+    rows that way, and 7 of longer runs, not 49 of short rows.
 
     Parameters
     ----------
@@ -30,17 +33,38 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     -------
     (..., T, *O)
     """
-    xp = backend.namespace(x)
-    kept = (*(s.stop - s.start for s in lead), *x.shape[len(lead) : x.ndim - len(windows)])
-    sizes = tuple(o.stop - o.start for o in outputs)
-    kernel = tuple(window.kernel for window in windows)
-    found = list(taps(windows, outputs))
-    if len(found) == 1 == math.prod(kernel) and all(w == slice(0, n) for w, n in zip(found[0][2], sizes, strict=True)):
-        return xp.reshape(x[(*lead, ..., *found[0][1])], (*kept, 1, *sizes))  # a view, as nothing is moved
-    columns = backend.full((*kept, *kernel, *sizes), 0, x)
-    for k, reads, writes in found:
-        columns[(..., *k, *writes)] = x[(*lead, ..., *reads)]
-    return xp.reshape(columns, (*kept, math.prod(window.kernel for window in windows), *sizes))
+    dims, first = len(windows), x.ndim - len(windows)
+    region = [window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True)]
+    columns = x[(*lead, ..., *region)][(*(slice(None),) * first, *(None,) * dims, ...)]  # (..., *K, *S), each K still 1
+    many = math.prod(window.kernel for window in windows) >= _MANY
+    for now in (range(dims - 1, dims), range(dims - 1)) if many and dims > 1 else (range(dims),):
+        columns = _gathered_along(columns, now, windows, outputs, region)
+    shape = (*columns.shape[:first], math.prod(window.kernel for window in windows), *columns.shape[first + dims :])
+    return backend.namespace(x).reshape(columns, shape)
+
+
+def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, region: Sequence[slice]) -> Array:
+    """Return what the taps of the windows read along some dimensions: (..., *K, *S), of K 1 there and S the region."""
+    dims, everything = len(windows), slice(None)
+    along: list[list[tuple[int | slice, slice, slice]]] = [[(everything, everything, everything)]] * dims
+    kernel, sizes, complete = list(x.shape[-2 * dims : -dims]), list(x.shape[-dims:]), True
+    for d in now:
+        window, o, begin = windows[d], outputs[d], region[d].start
+        kernel[d], sizes[d] = window.kernel, o.stop - o.start
+        along[d] = [
+            (k, slice(reads.start - begin, reads.stop - begin, reads.step), writes)
+            for k, reads, writes in window.taps(o.start, o.stop)
+        ]
+        complete &= [writes.stop - writes.start for _, _, writes in along[d]] == [sizes[d]] * window.kernel
+    found = list(itertools.product(*along))
+    if complete and len(found) == 1:  # a view, as nothing is moved
+        return x[(..., *(reads for _, reads, _ in found[0]))]
+    shape = (*x.shape[: -2 * dims], *kernel, *sizes)
+    columns = backend.empty(shape, x) if complete else backend.full(shape, 0, x)
+    for taps_of in found:
+        k, reads, writes = zip(*taps_of, strict=True)
+        columns[(..., *k, *writes)] = x[(..., *(0 if isinstance(i, int) else i for i in k), *reads)]
+    return columns
 
 
 def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[Array, list[int], tuple[int, ...]]:
