@@ -331,10 +331,13 @@ def bounds(array: Array) -> tuple[int, int]:
 def all_finite(array: Array) -> bool:
     """Return whether the array holds neither NaN nor inf. Waits for the device.
 
-    One pass: NaN and inf survive every sum. A sum that overflows is taken for an inf: callers lose time, not accuracy.
+    NaN and inf survive every sum. One that overflows is taken for an inf: callers lose time, not accuracy.
     """
+    xp = namespace(array)
+    if xp is np and array.flags.c_contiguous and math.isfinite(sum_of_squares(array)):  # a third of the time of a sum
+        return True
     with quiet(array):
-        return math.isfinite(float(namespace(array).sum(array)))
+        return math.isfinite(float(xp.sum(array)))
 
 
 def select(condition: Array, array: Array) -> Array:
@@ -474,7 +477,7 @@ def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> 
     room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
     steps = []
     for size in reversed(shape):
-        steps.append(min(size, room))
+        steps.append(-(-size // -(-size // min(size, room))))  # as long as each other
         room = max(1, room // size)
     ranges = [range(0, size, step) for size, step in zip(shape, reversed(steps), strict=True)]
     for starts in itertools.product(*ranges):

@@ -533,7 +533,7 @@ def _correlate_planes(
         own = (slice(0, s.stop - s.start) for s in o)
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
-    backend.run(work, backend.tiles(tuple(out.shape), 4 * backend.itemsize(x), backend.LEAST_LIGHT), x)
+    backend.run(work, backend.tiles(tuple(out.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT), x)
 
 
 def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
@@ -558,7 +558,7 @@ def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Win
     def collect(tile: Tile, part: Array) -> None:
         dweight[tile[1], :] += part
 
-    backend.run(work, backend.tiles(tuple(dout.shape), 4 * backend.itemsize(x), backend.LEAST_LIGHT), x, collect)
+    backend.run(work, backend.tiles(tuple(dout.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT), x, collect)
     return xp.reshape(dweight, weight.shape)
 
 
