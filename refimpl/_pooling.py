@@ -49,7 +49,7 @@ def largest_backward(dout: Array, x: Array, windows: AnyWindows, indices: Array 
             at = (..., *writes)
             yield (*lead, *reads), backend.select(won[at] == element, dout[tile][at])
 
-    return spread(work, x, windows, at_once)
+    return spread(work, x, windows, at_once, held=0 if indices is not None else 2 * backend.itemsize(x) + 16)
 
 
 def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
@@ -92,13 +92,14 @@ def spread(
     x: Array,
     windows: AnyWindows,
     at_once: Callable[[Array, Tile], bool] | None = None,
+    held: int = 0,
 ) -> Array:
     """Return dx, of the shape of `x`, to which is added what `work` yields for each tile: `(where, what)`.
 
     Within dx where no other tile reaches the same elements: perhaps `at_once(part of dx, tile)` does all of it, and
-    says so. Else beside dx, to be added one tile after the other.
+    says so. Else beside dx, to be added one tile after the other. `held` as in `tiles_of`.
     """
-    tiles = list(tiles_of(x, windows))
+    tiles = list(tiles_of(x, windows, held))
     apart = all(whole(windows, split(tile, windows)[1]) for tile in tiles)
     dx = backend.empty(tuple(x.shape), x) if apart else backend.full(tuple(x.shape), 0, x)
 
@@ -278,6 +279,9 @@ def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:
     return (*x.shape[: x.ndim - len(windows)], *(window.out for window in windows))
 
 
-def tiles_of(x: Array, windows: AnyWindows) -> Iterator[Tile]:
-    """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index."""
-    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16, backend.LEAST_LIGHT)
+def tiles_of(x: Array, windows: AnyWindows, held: int = 0) -> Iterator[Tile]:
+    """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index.
+
+    `held` more bytes of it are needed meanwhile.
+    """
+    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16 + held, backend.LEAST_LIGHT)
