@@ -12,8 +12,8 @@ import refimpl
 
 PACKAGE = Path(refimpl.__file__).parent
 LAYERS = [
-    "_threads", "backend", "_masked", "_geometry", "_windows", "_pooling", "_pairs", "_attend", "_projections",
-    "_checks",
+    "_threads", "backend", "_masked",
+    "_geometry", "_windows", "_correlate", "_pooling", "_pairs", "_attend", "_projections", "_checks",
     "conv", "pool", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
 ]  # fmt: skip
 
