@@ -57,8 +57,8 @@ def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, regio
         ]
         complete &= [writes.stop - writes.start for _, _, writes in along[d]] == [sizes[d]] * window.kernel
     found = list(itertools.product(*along))
-    if complete and len(found) == 1:  # a view, as nothing is moved
-        return x[(..., *(reads for _, reads, _ in found[0]))]
+    if complete and len(found) == 1:  # as it is, where it can be multiplied like that
+        return backend.in_rows(x[(..., *(reads for _, reads, _ in found[0]))], dims)
     shape = (*x.shape[: -2 * dims], *kernel, *sizes)
     columns = backend.empty(shape, x) if complete else backend.full(shape, 0, x)
     for taps_of in found:

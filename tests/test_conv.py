@@ -167,6 +167,19 @@ def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
     assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_single_tap_reads_is_multiplied_alike(seed):
+    """Each phase of the stride has one tap, which reads `x` as it lies in memory; beside a NaN, it reads a copy."""
+    x, weight = normal(1, 2, 4, 2, 1, seed=seed), normal(2, 1, 1, 1, 3, seed=seed)
+    options = {"stride": 4, "output_padding": 2, "padding": (3, (3, 2), (0, 0))}
+    clean = conv_transpose(x, weight, **options)
+    weight[0, 0, 0, 0, 1] = np.nan
+    dirty = conv_transpose(x, weight, **options)
+    others = np.isfinite(dirty)
+    assert 0 < others.sum() < others.size
+    assert dirty[others].tobytes() == clean[others].tobytes()
+
+
 def test_what_is_not_finite_in_x_reaches_the_windows_that_hold_it():
     x, weight = np.ones((1, 1, 8)), np.ones((1, 1, 3))
     x[0, 0, 3] = np.nan
