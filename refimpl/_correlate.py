@@ -197,7 +197,7 @@ def correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, gr
         columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
         if meets_padding:
             real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
-        douts = _grouped(dout[(n, ..., *o)], groups, weight.shape[0] // groups)
+        douts = _grouped(backend.in_rows(dout[(n, ..., *o)], len(o)), groups, weight.shape[0] // groups)
         products = []
         for step in steps:  # (N, G, J, P) @ (N, G, P, I*T)
             columns_t = xp.matrix_transpose(_part(columns, step, o, groups))
@@ -305,6 +305,13 @@ def _biased(shape: tuple[int, ...], bias: Array | None, like: Array) -> Array:
 
 
 def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iterator[Tile]:
-    """Cut batch and windows into tiles; a window costs its columns and what comes out of them."""
+    """Cut batch and windows into tiles; a window costs its columns and what comes out of them.
+
+    Where the first dimension is not gathered, tiles are as long along it as can be: each reads some lines beyond.
+    """
     per_window = x.shape[1] * math.prod(w.kernel for w in gathered) + weight.shape[0]
-    return backend.tiles((x.shape[0], *(w.out for w in windows)), per_window * backend.itemsize(x))
+    batch, first, *others = (x.shape[0], *(w.out for w in windows))
+    between = len(others) - 1 if gathered != windows and others else 0  # dimensions, cut before the first one is
+    shape = (batch, *others[:between], first, *others[between:])
+    for n, *o in backend.tiles(shape, per_window * backend.itemsize(x)):
+        yield (n, o[between], *o[:between], *o[between + 1 :])
