@@ -16,7 +16,9 @@ from ._pairs import Call, accumulate, added, apart, by_heads, take, transposed_s
 from .backend import Array, Tile
 
 _MANY = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
-_MODEST = 24.0  # the largest score that exp takes as it is: nothing that it may be multiplied by comes near an overflow
+_MODEST = (
+    24.0  # of scores: exp of it, and sums of as many as there may be, are far from overflow, and exp of -it from 0
+)
 
 
 def attend(call: Call) -> tuple[Array, Array]:
@@ -105,7 +107,7 @@ class _Softmax(NamedTuple):
     """The softmax of the rows of a tile: `p = e / total`."""
 
     e: Array
-    """(..., rows, keys): exp(score - the largest of the row), 0 at hidden pairs."""
+    """(..., rows, keys): exp(score - what `_shift` takes from the row), 0 at hidden pairs."""
     total: Array
     """(..., rows, 1): its sum, with the sink, and 1 where there is nothing."""
     p_sink: Array | None
@@ -173,15 +175,15 @@ def _shift(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, se
     """Return what is taken from the scores of each row before exp, (..., rows, 1); None if it is 0.
 
     Whatever that is, the softmax is the same, if nothing overflows or vanishes. The largest of the row is safe, and so
-    is 0 where it is modest, which on a CPU saves one pass over the scores, or two if lengths bound them (Cauchy and
+    is 0 where it is modest, which on a CPU saves one pass over the scores, or two if norms bound them (Cauchy and
     Schwarz). What is taken from a row depends on nothing that the row does not see.
     """
     xp = backend.namespace(s)
     saves = backend.at_hand(s) and min(s.shape[-2:]) >= _MANY
     modest = None
-    if saves and not call.hides and call.bias is None and sink is None:
-        longest = xp.max(_lengths(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
-        modest = _lengths(_scaled(call, tile)) * longest <= _MODEST
+    if saves and not call.hides and sink is None:
+        largest_norm = xp.max(_norms(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
+        modest = _norms(_scaled(call, tile)) * largest_norm <= _MODEST
         if xp.all(modest):
             return None
     largest = backend.row_largest(s)
@@ -199,8 +201,8 @@ def _scaled(call: Call, tile: Tile) -> Array:
     return call.scale * take(call.query, tile)
 
 
-def _lengths(rows: Array) -> Array:
-    """Return the Euclidean length of each row, (..., rows, 1)."""
+def _norms(rows: Array) -> Array:
+    """Return the Euclidean norm of each row, (..., rows, 1)."""
     return backend.namespace(rows).sqrt(backend.row_sums(rows, rows))
 
 

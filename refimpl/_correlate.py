@@ -129,16 +129,13 @@ def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     weight_g = xp.reshape(weight, (groups, rows, planes, *weight.shape[2:]))
     weight_t = xp.reshape(xp.moveaxis(weight_g, 1, 2), (groups * planes, rows, *weight.shape[2:]))  # (G*I, J, *K)
     meets_padding = _meets_padding(weight, [over for along in phases for _, _, over in along])
-
-    def jobs() -> Iterator[tuple[Any, ...]]:
-        """Yield the tiles of all phases, each after what there is to do with it."""
-        for phase in itertools.product(*phases):
-            places, taps, over = zip(*phase, strict=True)
-            part, part_weight = dx[(..., *places)], weight_t[(..., *taps)]
-            work, tiles = _correlation(part, dout, part_weight, over, groups, bias, meets_padding)
-            yield from ((work, *tile) for tile in tiles)
-
-    backend.run(lambda work, *tile: work(*tile), jobs(), dout)
+    jobs: list[tuple[Any, ...]] = []  # of all phases: what to do with a tile, and the tile
+    for phase in itertools.product(*phases):
+        places, taps, over = zip(*phase, strict=True)
+        part, part_weight = dx[(..., *places)], weight_t[(..., *taps)]
+        work, tiles = _correlation(part, dout, part_weight, over, groups, bias, meets_padding)
+        jobs += ((work, *tile) for tile in tiles)
+    backend.run(lambda work, *tile: work(*tile), jobs, dout)
     return dx
 
 
@@ -197,7 +194,7 @@ def correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, gr
         columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
         if meets_padding:
             real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
-        douts = _grouped(backend.in_rows(dout[(n, ..., *o)], len(o)), groups, weight.shape[0] // groups)
+        douts = _grouped(dout[(n, ..., *o)], groups, weight.shape[0] // groups)
         products = []
         for step in steps:  # (N, G, J, P) @ (N, G, P, I*T)
             columns_t = xp.matrix_transpose(_part(columns, step, o, groups))
@@ -293,7 +290,7 @@ def _everywhere(x: Array) -> Array:
 def _grouped(array: Array, groups: int, rows: int) -> Array:
     """Return an array (N, G*rows or G*I, T, ..., *O) as (N, G, rows, P)."""
     positions = math.prod(array.shape[1:]) // (groups * rows)
-    return backend.namespace(array).reshape(array, (array.shape[0], groups, rows, positions))
+    return backend.in_rows(backend.namespace(array).reshape(array, (array.shape[0], groups, rows, positions)))
 
 
 def _biased(shape: tuple[int, ...], bias: Array | None, like: Array) -> Array:
@@ -310,8 +307,8 @@ def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iter
     Where the first dimension is not gathered, tiles are as long along it as can be: each reads some lines beyond.
     """
     per_window = x.shape[1] * math.prod(w.kernel for w in gathered) + weight.shape[0]
-    batch, first, *others = (x.shape[0], *(w.out for w in windows))
-    between = len(others) - 1 if gathered != windows and others else 0  # dimensions, cut before the first one is
-    shape = (batch, *others[:between], first, *others[between:])
-    for n, *o in backend.tiles(shape, per_window * backend.itemsize(x)):
-        yield (n, o[between], *o[:between], *o[between + 1 :])
+    first, *others = (w.out for w in windows)
+    outer = max(0, len(others) - 1) if gathered != windows else 0  # dimensions that are cut before the first one is
+    shape = (x.shape[0], *others[:outer], first, *others[outer:])
+    tiles = backend.tiles(shape, per_window * backend.itemsize(x))
+    return ((n, o[outer], *o[:outer], *o[outer + 1 :]) for n, *o in tiles)

@@ -36,11 +36,14 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     dims, first = len(windows), x.ndim - len(windows)
     region = [window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True)]
     columns = x[(*lead, ..., *region)][(*(slice(None),) * first, *(None,) * dims, ...)]  # (..., *K, *S), each K still 1
-    many = math.prod(window.kernel for window in windows) >= _MANY
-    for now in (range(dims - 1, dims), range(dims - 1)) if many and dims > 1 else (range(dims),):
+    kernel = [window.kernel for window in windows]
+    lines = math.prod(r.stop - r.start for r in region[:-1])  # that the taps of the last dimension read
+    fewer = lines <= math.prod(kernel[:-1]) * math.prod(o.stop - o.start for o in outputs[:-1])
+    twice = math.prod(kernel) >= _MANY and math.prod(kernel[:-1]) > 1 and fewer
+    for now in (range(dims - 1, dims), range(dims - 1)) if twice else (range(dims),):
         columns = _gathered_along(columns, now, windows, outputs, region)
-    shape = (*columns.shape[:first], math.prod(window.kernel for window in windows), *columns.shape[first + dims :])
-    return backend.namespace(x).reshape(columns, shape)
+    sizes = columns.shape[first + dims :]
+    return backend.namespace(x).reshape(columns, (*columns.shape[:first], math.prod(kernel), *sizes))
 
 
 def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, region: Sequence[slice]) -> Array:
@@ -57,8 +60,8 @@ def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, regio
         ]
         complete &= [writes.stop - writes.start for _, _, writes in along[d]] == [sizes[d]] * window.kernel
     found = list(itertools.product(*along))
-    if complete and len(found) == 1:  # as it is, where it can be multiplied like that
-        return backend.in_rows(x[(..., *(reads for _, reads, _ in found[0]))], dims)
+    if complete and len(found) == 1:  # a view, as nothing is moved
+        return x[(..., *(reads for _, reads, _ in found[0]))]
     shape = (*x.shape[: -2 * dims], *kernel, *sizes)
     columns = backend.empty(shape, x) if complete else backend.full(shape, 0, x)
     for taps_of in found:

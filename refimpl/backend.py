@@ -387,7 +387,8 @@ def matmul(a: Array, b: Array) -> Array:
 def row_sums(a: Array, b: Array | None = None) -> Array:
     """Return the sums over the last dimension of `a`, or of `a * b`, which keeps size 1.
 
-    On a CPU as a product of vectors: nothing is stored, and it takes half the time of a sum.
+    On a CPU as a product of vectors, which adds up as products of matrices do: nothing is stored, and it takes half the
+    time of a sum.
     """
     xp = namespace(a)
     if xp is np:
@@ -437,19 +438,17 @@ def contiguous(array: Array) -> Array:
         return xp.ascontiguousarray(array) if xp is np or _is_cupy(xp) else array
 
 
-def in_rows(array: Array, dims: int) -> Array:
-    """Return the array, as a copy unless its last dimensions lie end to end, and all others further apart.
+def in_rows(array: Array) -> Array:
+    """Return matrices as they are if BLAS takes them so: rows end to end, each further on than the last; else a copy.
 
-    As one, they are then the rows of a matrix that BLAS takes as it is. NumPy multiplies any other without BLAS: slowly
-    and with other rounding.
+    NumPy multiplies any others without BLAS, slowly and with other rounding; so it does with rows of one element that
+    lie apart.
     """
     xp = namespace(array)
     if xp is np or _is_cupy(xp):
-        row, outer = math.prod(array.shape[-dims:]), array.ndim - dims
-        apart = all(
-            s >= row * array.itemsize for n, s in zip(array.shape, array.strides[:outer], strict=False) if n > 1
-        )
-        if row > 1 and apart and array[(0,) * outer].flags.c_contiguous:
+        *others, step = array.strides
+        apart = all(s >= array.shape[-1] * step for n, s in zip(array.shape, others, strict=False) if n > 1)
+        if array.shape[-1] > 1 and step == array.itemsize and apart:
             return array
     return contiguous(array)
 
@@ -485,20 +484,23 @@ def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> 
     """Cut an index space into tiles, so that the items of one need about `tile_bytes`, and less if there are few items.
 
     Trailing dimensions stay whole while they fit, one dimension is cut into ranges, and those before it are walked one
-    index at a time. A tile is a slice per dimension, in row-major order; an empty space has none.
+    index at a time; ranges are of nearly one size. A tile is a slice per dimension, in row-major order; an empty space
+    has none. The limits are those of the caller, whoever takes the tiles.
     """
     if 0 in shape:
-        return
+        return iter(())
     items = math.prod(shape)
     share = max(least, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
     room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
     steps = []
     for size in reversed(shape):
-        steps.append(-(-size // -(-size // min(size, room))))  # as long as each other
+        steps.append(-(-size // -(-size // min(size, room))))
         room = max(1, room // size)
     ranges = [range(0, size, step) for size, step in zip(shape, reversed(steps), strict=True)]
-    for starts in itertools.product(*ranges):
-        yield tuple(slice(i, min(i + r.step, r.stop)) for i, r in zip(starts, ranges, strict=True))
+    return (
+        tuple(slice(i, min(i + r.step, r.stop)) for i, r in zip(starts, ranges, strict=True))
+        for starts in itertools.product(*ranges)
+    )
 
 
 def run(
@@ -537,9 +539,9 @@ def run(
 
 
 def _unbuffered(work: Callable[..., T]) -> Callable[..., T]:
-    """Let NumPy compute in place what lies in rows of 4 KiB or more, and without floating-point warnings.
+    """Let NumPy compute in place what lies in rows of 1,024 elements or more, and without floating-point warnings.
 
-    Arrays with gaps it copies to a buffer first, as many rows as fit, which takes longer than to multiply them. Both
+    Arrays with gaps it copies to a buffer first, some rows at a time, which takes longer than to multiply them. Both
     settings are context variables: a thread does not see the caller's. (Attention 2x8x1024x64: 35 and 32 ms.)
     """
 

@@ -167,6 +167,31 @@ def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
     assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
 
 
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 4), (1, 1)])
+def test_bits_do_not_depend_on_threads_where_a_stride_has_phases(kernel):
+    x, weight = normal(2, 16, 12, 13).astype(np.float32), normal(16, 8, *kernel, seed=1).astype(np.float32)
+    out = conv_transpose(x, weight, stride=2)
+    results = []
+    for threads in (1, 2, 8, 8, 8):
+        with refimpl.backend.limits(threads=threads, tile_bytes=3000):
+            grads = conv_transpose_backward(out, x, weight, stride=2)
+            results.append(
+                (conv_transpose(x, weight, stride=2), *grads[:2], conv_backward(x, out, weight, stride=2).dx)
+            )
+    for result in results[1:]:
+        assert [a.tobytes() for a in result] == [a.tobytes() for a in results[0]]
+
+
+def test_one_output_of_one_channel_keeps_its_bits_beside_a_nan():
+    x, weight = normal(1, 37, 1026).astype(np.float32), normal(1, 37, 3, seed=1).astype(np.float32)
+    with refimpl.backend.limits(tile_bytes=100):
+        clean = conv(x, weight, padding=1)
+        weight[0, 0, 0] = np.nan
+        dirty = conv(x, weight, padding=1)
+    assert np.isfinite(dirty).sum() == 1
+    assert dirty[0, 0, 0] == clean[0, 0, 0]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_what_a_single_tap_reads_is_multiplied_alike(seed):
     """Each phase of the stride has one tap, which reads `x` as it lies in memory; beside a NaN, it reads a copy."""
