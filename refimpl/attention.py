@@ -126,6 +126,9 @@ def scaled_dot_product_attention(
     there can be any, a few numbers are read when an option hides pairs, which on a GPU waits for the device. float16
     and bfloat16 are computed in float32, from a copy, and rounded once.
 
+    A tile holds all keys of its query rows, so with very many keys only a few rows. Where there is memory to spare,
+    `limits(tile_bytes=16 << 20)` is faster then (by a quarter, and 40% in the backward, with 32,768 keys).
+
     References
     ----------
     Vaswani et al., Attention is all you need, arXiv:1706.03762, equation 1. Shazeer, arXiv:1911.02150 and Ainslie et
