@@ -89,7 +89,7 @@ def _correlation(
     if _by_planes(weight, windows, groups):
         return _correlation_of_planes(out, x, weight, windows, bias, meets_padding)
     gathered, steps = _steps(weight, windows, groups)
-    shift = 0.0 if bias is None else xp.reshape(bias, (groups, -1, 1))  # sums of zeros come out as +0 either way
+    addend = 0.0 if bias is None else xp.reshape(bias, (groups, -1, 1))  # sums of zeros come out as +0 either way
 
     def work(n: slice, *o: slice) -> None:
         columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
@@ -104,7 +104,7 @@ def _correlation(
         product = multiplied(steps[0])
         for step in steps[1:]:
             product += multiplied(step)
-        product += shift
+        product += addend
         at = (n, ..., *o)
         out[at] = xp.reshape(product, out[at].shape)
 
@@ -230,7 +230,7 @@ def _correlation_of_planes(
     """Return what `_correlation` does, for `_by_planes`: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
     xp = backend.namespace(x)
     scales = xp.reshape(weight, (weight.shape[0], -1, 1))  # (C, T, 1)
-    shift = xp.reshape(_biased((out.shape[1],), bias, x), (-1, 1))
+    addend = xp.reshape(_biased((out.shape[1],), bias, x), (-1, 1))
 
     def work(n: slice, c: slice, *o: slice) -> None:
         rows, offsets, shape = _windows.end_to_end(x, (n, c), windows, o)
@@ -243,7 +243,7 @@ def _correlation_of_planes(
         total = scaled(0)
         for t in range(1, len(offsets)):
             total += scaled(t)
-        total += shift[c, :]
+        total += addend[c, :]
         own = (slice(0, s.stop - s.start) for s in o)
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
