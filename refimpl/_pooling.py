@@ -9,6 +9,7 @@ so padding never takes part.
 import math
 import operator
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from . import _windows, backend
 from ._geometry import AdaptiveWindow, AnyWindows, Window, taps, whole
@@ -58,7 +59,7 @@ def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
 
     def work(*tile: slice) -> None:
         outputs = split(tile, windows)[1]
-        out[tile] = divide(_reduced(x, windows, tile, 0, operator.add, backend.sums), outputs)
+        out[tile] = divide(_reduced(x, windows, tile, _Reduction(0, operator.add, backend.sums)), outputs)
 
     backend.run(work, tiles_of(x, windows), x)
     return out
@@ -158,37 +159,35 @@ def _along(window: Window | AdaptiveWindow, o: slice, region: slice) -> Iterator
         yield slice(reads.start - region.start, reads.stop - region.start, reads.step), writes
 
 
-def _reduced(
-    x: Array,
-    windows: AnyWindows,
-    tile: Tile,
-    start: float,
-    combine: Callable[[Array, Array], Array],
-    reduce: Callable[..., Array],
-) -> Array:
+class _Reduction(NamedTuple):
+    """What is made of the elements of a window."""
+
+    start: float
+    """The result for no element."""
+    combine: Callable[[Array, Array], Array]
+    """Of two arrays, element by element."""
+    reduce: Callable[..., Array]
+    """Of one array, along dimensions."""
+
+
+def _reduced(x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array:
     """Return a reduction of each window of the tile: one dimension after the other, at once where there is one window.
 
     A window of 3x3 costs 3 + 3 passes over memory that way, not 9, and the first 3 read runs of elements.
     """
     lead, outputs = split(tile, windows)
     if _single(outputs):
-        return reduce(x[(*lead, *_elements_of(windows, outputs))], axis=tuple(range(-len(windows), 0)), keepdims=True)
+        elements = x[(*lead, *_elements_of(windows, outputs))]
+        return to.reduce(elements, axis=tuple(range(-len(windows), 0)), keepdims=True)
     region = _region(windows, outputs)
     part = x[(*lead, *region)]
     for d in range(len(windows)):
-        part = _reduced_along(part, len(lead) + d, windows[d], outputs[d], region[d], start, combine, reduce)
+        part = _reduced_along(part, len(lead) + d, windows[d], outputs[d], region[d], to)
     return part
 
 
 def _reduced_along(
-    x: Array,
-    axis: int,
-    window: Window | AdaptiveWindow,
-    o: slice,
-    region: slice,
-    start: float,
-    combine: Callable[[Array, Array], Array],
-    reduce: Callable[..., Array],
+    x: Array, axis: int, window: Window | AdaptiveWindow, o: slice, region: slice, to: _Reduction
 ) -> Array:
     """Return a reduction along one dimension, of which `x` holds the region: of size 1 for each of the windows `o`."""
     before, after, count = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1), o.stop - o.start
@@ -198,17 +197,17 @@ def _reduced_along(
         if taken.shape[axis] != count or writes.step not in (None, 1):
             some.append((writes, taken))
         else:  # an element of every window
-            result = taken if result is None else combine(result, taken)
+            result = taken if result is None else to.combine(result, taken)
     if not some and result is not None:
         return result
-    total = backend.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), start, x)
+    total = backend.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), to.start, x)
     if result is not None:
         total[...] = result
     for writes, taken in some:
         at = (*before, writes, *after)
         if taken.shape != total[at].shape:  # all elements of one window, not one of many
-            taken = reduce(taken, axis=axis, keepdims=True)
-        total[at] = combine(total[at], taken)
+            taken = to.reduce(taken, axis=axis, keepdims=True)
+        total[at] = to.combine(total[at], taken)
     return total
 
 
@@ -217,7 +216,7 @@ def _maximum(x: Array, windows: AnyWindows, tile: Tile) -> Array:
     xp = backend.namespace(x)
     # A value that every element is at least as large as; every window holds an element, so it never shows.
     least = -math.inf if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
-    return _reduced(x, windows, tile, least, xp.maximum, xp.max)
+    return _reduced(x, windows, tile, _Reduction(least, xp.maximum, xp.max))
 
 
 def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
