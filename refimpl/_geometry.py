@@ -59,8 +59,8 @@ class Window(NamedTuple):
 
     def reach(self, start: int, stop: int) -> slice:
         """Return the range of elements that the windows in `[start, stop)` read from."""
-        first = max(0, start * self.stride - self.low)
-        return slice(first, max(first, min(self.size, (stop - 1) * self.stride - self.low + self.extent)))
+        first, last = start * self.stride - self.low, (stop - 1) * self.stride - self.low + self.extent
+        return slice(max(0, first), min(self.size, last)) if first < self.size and last > 0 else slice(0, 0)
 
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.

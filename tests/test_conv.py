@@ -167,6 +167,15 @@ def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
     assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
 
 
+def test_tiles_that_read_nothing_but_padding(backend):
+    x, weight = backend.arrays((np.full((1, 1, 2), 3.0), np.full((1, 1, 1), 4.0)))
+    with refimpl.backend.limits(tile_bytes=1):  # a window each
+        out = conv(x, weight, stride=2, padding=5)
+        dx = conv_backward(out, x, weight, stride=2, padding=5).dx
+    assert refimpl.backend.to_numpy(out).tolist() == [[[0, 0, 0, 12, 0, 0]]]
+    assert refimpl.backend.to_numpy(dx).tolist() == [[[0, 48]]]
+
+
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 4), (1, 1)])
 def test_bits_do_not_depend_on_threads_where_a_stride_has_phases(kernel):
     x, weight = normal(2, 16, 12, 13).astype(np.float32), normal(16, 8, *kernel, seed=1).astype(np.float32)
