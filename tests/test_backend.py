@@ -380,3 +380,14 @@ except KeyboardInterrupt:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert output.splitlines()[-1] == "stopped True True"
+
+
+def test_an_op_leaves_numpy_as_it_was():
+    x, weight = np.ones((4, 3, 40, 40)), np.ones((2, 3, 3, 3))
+    before = np.geterr(), np.getbufsize()
+    with be.limits(threads=2, tile_bytes=10000):
+        refimpl.conv(x, weight)
+        assert (np.geterr(), np.getbufsize()) == before
+    with be.limits(threads=1, tile_bytes=10000):
+        refimpl.conv(x, weight)
+    assert (np.geterr(), np.getbufsize()) == before
