@@ -16,9 +16,7 @@ from ._pairs import Call, accumulate, added, apart, by_heads, take, transposed_s
 from .backend import Array, Tile
 
 _MANY = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
-_MODEST = (
-    24.0  # of scores: exp of it, and sums of as many as there may be, are far from overflow, and exp of -it from 0
-)
+_MODEST = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
 
 
 def attend(call: Call) -> tuple[Array, Array]:
@@ -107,7 +105,7 @@ class _Softmax(NamedTuple):
     """The softmax of the rows of a tile: `p = e / total`."""
 
     e: Array
-    """(..., rows, keys): exp(score - what `_shift` takes from the row), 0 at hidden pairs."""
+    """(..., rows, keys): exp(score - what `_lower` takes from the row), 0 at hidden pairs."""
     total: Array
     """(..., rows, 1): its sum, with the sink, and 1 where there is nothing."""
     p_sink: Array | None
@@ -125,16 +123,14 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     xp = backend.namespace(call.query)
     s, slope, seen, sees = _scores(call, tile, keys)
     sink = None if call.sink is None else take(call.sink, tile)
-    shift = _shift(call, tile, keys, s, sink, sees)
-    if shift is not None:
-        s -= shift
+    shift = _lower(call, tile, keys, s, sink, sees)
     e = _masked.select(seen, backend.exp(s))
     total, p_sink = backend.row_sums(e), None
     if sink is not None:
-        p_sink = xp.exp(sink if shift is None else sink - shift)
+        p_sink = xp.exp(sink - shift)
         total = total + p_sink
         p_sink = p_sink / total
-    logsumexp = xp.log(total) if shift is None else shift + xp.log(total)
+    logsumexp = shift + xp.log(total)
     if sees is not None:
         total = xp.where(sees, total, 1.0)
         if sink is not None:  # a query that sees no key meets the sink alone
@@ -149,7 +145,7 @@ def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, A
     """
     xp = backend.namespace(call.query)
     slope, seen, sees = None, None, None
-    s = backend.matmul(_scaled(call, tile), xp.matrix_transpose(take(call.key, (*tile[:-1], keys))))
+    s = backend.matmul(call.scale * take(call.query, tile), xp.matrix_transpose(take(call.key, (*tile[:-1], keys))))
     if call.softcap is not None:
         capped = xp.tanh(s / call.softcap)
         s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
@@ -171,8 +167,8 @@ def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, A
     return s, slope, seen, sees
 
 
-def _shift(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None) -> Array | None:
-    """Return what is taken from the scores of each row before exp, (..., rows, 1); None if it is 0.
+def _lower(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None) -> Array | float:
+    """Take from the scores of each row, in their place, what lets exp take them; return it, (..., rows, 1) or 0.
 
     Whatever that is, the softmax is the same, if nothing overflows or vanishes. The largest of the row is safe, and so
     is 0 where it is modest, which on a CPU saves one pass over the scores, or two if norms bound them (Cauchy and
@@ -180,25 +176,23 @@ def _shift(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, se
     """
     xp = backend.namespace(s)
     saves = backend.at_hand(s) and min(s.shape[-2:]) >= _MANY
-    modest = None
+    modest: Array | bool = False
     if saves and not call.hides and sink is None:
         largest_norm = xp.max(_norms(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
-        modest = _norms(_scaled(call, tile)) * largest_norm <= _MODEST
+        modest = abs(call.scale) * _norms(take(call.query, tile)) * largest_norm <= _MODEST
         if xp.all(modest):
-            return None
+            return 0.0
     largest = backend.row_largest(s)
     if sink is not None:
         largest = xp.maximum(largest, sink)
     if sees is not None:
         largest = xp.where(sees, largest, 0.0)
     if saves:
-        in_range = (largest >= 0.0) & (largest <= _MODEST)
-        largest = xp.where(in_range if modest is None else in_range | modest, 0.0, largest)
-    return largest if not saves or xp.any(largest) else None
-
-
-def _scaled(call: Call, tile: Tile) -> Array:
-    return call.scale * take(call.query, tile)
+        largest = xp.where(modest | (largest >= 0.0) & (largest <= _MODEST), 0.0, largest)
+        if not xp.any(largest):
+            return 0.0
+    s -= largest
+    return largest
 
 
 def _norms(rows: Array) -> Array:

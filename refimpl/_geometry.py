@@ -172,6 +172,16 @@ def whole(windows: AnyWindows, outputs: Sequence[slice]) -> bool:
     return all(o.stop - o.start == window.out for window, o in zip(windows, outputs, strict=True))
 
 
+def reach(windows: AnyWindows, outputs: Sequence[slice]) -> tuple[slice, ...]:
+    """Return the range of elements along each dimension that the outputs read from."""
+    return tuple(window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True))
+
+
+def within(elements: slice, region: slice) -> slice:
+    """Return the same elements, counted from the beginning of the region that holds them."""
+    return slice(elements.start - region.start, elements.stop - region.start, elements.step)
+
+
 Tap = tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]
 
 

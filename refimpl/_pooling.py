@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from . import _windows, backend
-from ._geometry import AdaptiveWindow, AnyWindows, Window, taps, whole
+from ._geometry import AdaptiveWindow, AnyWindows, Window, reach, taps, whole, within
 from .backend import Array, Tile
 
 Divide = Callable[[Array, Tile], Array]
@@ -74,7 +74,7 @@ def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) ->
         if _single(outputs):
             yield (*lead, *_elements_of(windows, outputs)), share
             return
-        region = _region(windows, outputs)
+        region = reach(windows, outputs)
         for d in reversed(range(len(windows))):  # one dimension after the other, the adjoint of `_reduced`
             shape = list(share.shape)
             shape[len(lead) + d] = region[d].stop - region[d].start
@@ -113,11 +113,10 @@ def spread(
 
     def add_beside(*tile: slice) -> tuple[Tile, Array]:
         lead, outputs = split(tile, windows)
-        region = _region(windows, outputs)
+        region = reach(windows, outputs)
         total = backend.full(sizes_of((*lead, *region)), 0, dx)
         for at, what in work(*tile):
-            reads = zip(at[len(lead) :], region, strict=True)
-            total[(..., *(slice(s.start - r.start, s.stop - r.start, s.step) for s, r in reads))] += what
+            total[(..., *map(within, at[len(lead) :], region))] += what
         return (*lead, *region), total
 
     def collect(_: Tile, found: tuple[Tile, Array]) -> None:
@@ -128,11 +127,6 @@ def spread(
     else:
         backend.run(add_beside, tiles, dx, collect)
     return dx
-
-
-def _region(windows: AnyWindows, outputs: Tile) -> Tile:
-    """Return the range of elements along each dimension that the windows of a tile read from."""
-    return tuple(window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True))
 
 
 def _single(outputs: Tile) -> bool:
@@ -156,7 +150,7 @@ def _along(window: Window | AdaptiveWindow, o: slice, region: slice) -> Iterator
     else:
         pairs = ((reads, writes) for _, reads, writes in window.taps(o.start, o.stop))
     for reads, writes in pairs:
-        yield slice(reads.start - region.start, reads.stop - region.start, reads.step), writes
+        yield within(reads, region), writes
 
 
 class _Reduction(NamedTuple):
@@ -179,7 +173,7 @@ def _reduced(x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array
     if _single(outputs):
         elements = x[(*lead, *_elements_of(windows, outputs))]
         return to.reduce(elements, axis=tuple(range(-len(windows), 0)), keepdims=True)
-    region = _region(windows, outputs)
+    region = reach(windows, outputs)
     part = x[(*lead, *region)]
     for d in range(len(windows)):
         part = _reduced_along(part, len(lead) + d, windows[d], outputs[d], region[d], to)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import backend
-from ._geometry import AdaptiveWindow, AnyWindows, Windows, taps
+from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, taps, within
 from .backend import Array, Tile
 
 _MANY = 16  # taps, from which on it pays to gather them along one dimension after another
@@ -34,7 +34,7 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     (..., T, *O)
     """
     dims, first = len(windows), x.ndim - len(windows)
-    region = [window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True)]
+    region = reach(windows, outputs)
     columns = x[(*lead, ..., *region)][(*(slice(None),) * first, *(None,) * dims, ...)]  # (..., *K, *S), each K still 1
     kernel = [window.kernel for window in windows]
     lines = math.prod(r.stop - r.start for r in region[:-1])  # that the taps of the last dimension read
@@ -52,12 +52,9 @@ def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, regio
     along: list[list[tuple[int | slice, slice, slice]]] = [[(everything, everything, everything)]] * dims
     kernel, sizes, complete = list(x.shape[-2 * dims : -dims]), list(x.shape[-dims:]), True
     for d in now:
-        window, o, begin = windows[d], outputs[d], region[d].start
+        window, o = windows[d], outputs[d]
         kernel[d], sizes[d] = window.kernel, o.stop - o.start
-        along[d] = [
-            (k, slice(reads.start - begin, reads.stop - begin, reads.step), writes)
-            for k, reads, writes in window.taps(o.start, o.stop)
-        ]
+        along[d] = [(k, within(reads, region[d]), writes) for k, reads, writes in window.taps(o.start, o.stop)]
         complete &= [writes.stop - writes.start for _, _, writes in along[d]] == [sizes[d]] * window.kernel
     found = list(itertools.product(*along))
     if complete and len(found) == 1:  # a view, as nothing is moved
@@ -88,7 +85,7 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
     shape = (outputs[0].stop - outputs[0].start, *sizes[1:])
     steps = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
     along = ([k * w.dilation * step for k in range(w.kernel)] for w, step in zip(windows, steps, strict=True))
-    region = [window.reach(o.start, o.stop) for window, o in zip(windows, outputs, strict=True)]
+    region = reach(windows, outputs)
     places = [
         slice(r.start + w.low - o.start, r.stop + w.low - o.start)
         for r, w, o in zip(region, windows, outputs, strict=True)
