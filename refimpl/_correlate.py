@@ -229,21 +229,20 @@ def _correlation_of_planes(
 ) -> tuple[Work, Iterator[Tile]]:
     """Return what `_correlation` does, for `_by_planes`: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
     xp = backend.namespace(x)
-    scales = xp.reshape(weight, (weight.shape[0], -1, 1))  # (C, T, 1)
-    addend = xp.reshape(_biased((out.shape[1],), bias, x), (-1, 1))
+    weights = weight[:, 0, ...]  # (C, *K)
+    # A NaN concerns channels apart: the bits of all others stay what they are.
+    finite = xp.all(xp.isfinite(weights), axis=tuple(range(1, weights.ndim)))[:, None] if meets_padding else None
+    addend = None if bias is None else xp.reshape(bias, (-1, 1))
 
     def work(n: slice, c: slice, *o: slice) -> None:
-        rows, offsets, shape = _windows.end_to_end(x, (n, c), windows, o)
-        real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0] if meets_padding else None
-
-        def scaled(t: int) -> Array:
-            run = (..., slice(offsets[t], offsets[t] + math.prod(shape)))
-            return _masked.select(None if real is None else real[run], rows[run] * scales[c, t, :])
-
-        total = scaled(0)
-        for t in range(1, len(offsets)):
-            total += scaled(t)
-        total += addend[c, :]
+        rows, steps, shape = _windows.end_to_end(x, (n, c), windows, o)
+        total = backend.weighted_runs(rows, weights[c, ...], steps, math.prod(shape))
+        if finite is not None:
+            real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
+            of_real = backend.weighted_runs(rows, weights[c, ...], steps, math.prod(shape), real)
+            total = xp.where(finite[c, :], total, of_real)
+        if addend is not None:
+            total += addend[c, :]
         own = (slice(0, s.stop - s.start) for s in o)
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
@@ -253,24 +252,27 @@ def _correlation_of_planes(
 def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
     """Return what `correlate_dweight` does, for `_by_planes`."""
     xp = backend.namespace(x)
-    dweight = backend.full((weight.shape[0], math.prod(weight.shape[2:])), 0, x)
+    kernel = tuple(weight.shape[2:])
+    dweight = backend.full((weight.shape[0], *kernel), 0, x)
     finite = backend.all_finite(x) and backend.all_finite(dout)  # what lies between the rows of a run meets a 0
 
     def work(n: slice, c: slice, *o: slice) -> Array:
-        rows, offsets, shape = _windows.end_to_end(x, (n, c), windows, o)
-        douts = _windows.in_runs(dout[(n, c, *o)], shape)[..., None, :]  # (N, C, 1, run)
-        if not finite:
+        rows, steps, shape = _windows.end_to_end(x, (n, c), windows, o)
+        douts = _windows.in_runs(dout[(n, c, *o)], shape)
+        if finite:
+            products = backend.run_products(rows, douts, kernel, steps)
+        else:
             real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
-            own = _windows.in_runs(_everywhere(dout)[(n, c, *o)], shape)[..., None, :]
-        products = []  # (N, C, 1, 1)
-        for offset in offsets:
-            run = (..., slice(offset, offset + douts.shape[-1]), None)
-            product = douts @ rows[run] if finite else _masked.matmul(douts, rows[run], own, real[run])
-            products.append(product[..., 0])
-        return xp.sum(xp.concat(products, axis=-1), axis=0)
+            own = _windows.in_runs(_everywhere(dout)[(n, c, *o)], shape)
+            each = (
+                _masked.matmul(douts[..., None, :], rows[..., run, None], own[..., None, :], real[..., run, None])
+                for _, run in backend.runs(kernel, steps, math.prod(shape))
+            )
+            products = xp.reshape(xp.concat(list(each), axis=-1), (*douts.shape[:2], *kernel))
+        return xp.sum(products, axis=0)
 
     def collect(tile: Tile, part: Array) -> None:
-        dweight[tile[1], :] += part
+        dweight[tile[1], ...] += part
 
     backend.run(work, backend.tiles(tuple(dout.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT), x, collect)
     return xp.reshape(dweight, weight.shape)

@@ -74,8 +74,8 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
     -------
     rows : (..., R)
         What the windows of the tile read, with 0 in padding; a row is as long as what all taps read of it.
-    offsets
-        Where the run of each tap begins.
+    steps
+        From the run of one tap to that of the next, along each dimension of the kernel, in elements.
     shape
         Of a run: the windows of the tile, and after each row as many again as there is padding between, which count
         for nothing.
@@ -83,8 +83,7 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
     xp = backend.namespace(x)
     sizes = [o.stop - o.start + window.extent - 1 for window, o in zip(windows, outputs, strict=True)]
     shape = (outputs[0].stop - outputs[0].start, *sizes[1:])
-    steps = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
-    along = ([k * w.dilation * step for k in range(w.kernel)] for w, step in zip(windows, steps, strict=True))
+    steps = [window.dilation * math.prod(sizes[d + 1 :]) for d, window in enumerate(windows)]
     region = reach(windows, outputs)
     places = [
         slice(r.start + w.low - o.start, r.stop + w.low - o.start)
@@ -95,7 +94,7 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
     if all(r.start < r.stop for r in region):
         rows[(..., *places)] = x[(*lead, *region)]
     rows = xp.reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
-    return rows, [sum(offsets) for offsets in itertools.product(*along)], shape
+    return rows, steps, shape
 
 
 def in_runs(outputs: Array, shape: tuple[int, ...]) -> Array:
