@@ -158,7 +158,7 @@ def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
         douts = _grouped(dout[(n, ..., *o)], groups, part.shape[1])[:, g, ...]  # (N, G, J, P)
         part_t = xp.matrix_transpose(xp.reshape(part, (*part.shape[:2], -1)))  # (G, I*T, J)
         product = part_t @ douts if part.shape[1] > 1 else part_t * douts
-        return xp.reshape(product, (*product.shape[:2], *part.shape[2:], *(s.stop - s.start for s in o)))
+        return xp.reshape(product, (*product.shape[:2], *part.shape[2:], *backend.sizes_of(o)))
 
     def of_channels(n: slice, g: slice, i: slice) -> None:
         everything = tuple(slice(0, out) for out in outs)
@@ -243,7 +243,7 @@ def _correlation_of_planes(
             total = xp.where(finite[c, :], total, of_real)
         if addend is not None:
             total += addend[c, :]
-        own = (slice(0, s.stop - s.start) for s in o)
+        own = (slice(0, size) for size in backend.sizes_of(o))
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
     return work, backend.tiles(tuple(out.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT)

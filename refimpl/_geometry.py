@@ -57,10 +57,15 @@ class Window(NamedTuple):
         first = begin + max(0, -(begin // self.dilation)) * self.dilation
         return slice(first, min(self.size, begin + self.extent), self.dilation)
 
+    def span(self, start: int, stop: int) -> slice:
+        """Return where the windows in `[start, stop)` begin and end, padding included: below 0 and beyond the size."""
+        return slice(start * self.stride - self.low, (stop - 1) * self.stride - self.low + self.extent)
+
     def reach(self, start: int, stop: int) -> slice:
         """Return the range of elements that the windows in `[start, stop)` read from."""
-        first, last = start * self.stride - self.low, (stop - 1) * self.stride - self.low + self.extent
-        return slice(max(0, first), min(self.size, last)) if first < self.size and last > 0 else slice(0, 0)
+        span = self.span(start, stop)
+        within = span.start < self.size and span.stop > 0
+        return slice(max(0, span.start), min(self.size, span.stop)) if within else slice(0, 0)
 
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.
@@ -170,6 +175,11 @@ AnyWindows = Sequence[Window | AdaptiveWindow]
 def whole(windows: AnyWindows, outputs: Sequence[slice]) -> bool:
     """Return whether the outputs are all that there are, so that what they read is read by no other tile."""
     return all(o.stop - o.start == window.out for window, o in zip(windows, outputs, strict=True))
+
+
+def spans(windows: Windows, outputs: Sequence[slice]) -> tuple[slice, ...]:
+    """Return where the outputs begin and end along each dimension, padding included."""
+    return tuple(window.span(o.start, o.stop) for window, o in zip(windows, outputs, strict=True))
 
 
 def reach(windows: AnyWindows, outputs: Sequence[slice]) -> tuple[slice, ...]:

@@ -220,7 +220,7 @@ def reached(call: Call, *arrays: Array) -> list[Array]:
         keys = call.visible_keys(tile)
         if keys is None:
             return None
-        seen = xp.broadcast_to(visible(call, tile, keys), (*(s.stop - s.start for s in tile), keys.stop - keys.start))
+        seen = xp.broadcast_to(visible(call, tile, keys), backend.sizes_of((*tile, keys)))
         return keys, xp.astype(seen, xp.int64)
 
     def collect(tile: Tile, found: tuple[slice, Array] | None) -> None:

@@ -114,7 +114,7 @@ def spread(
     def add_beside(*tile: slice) -> tuple[Tile, Array]:
         lead, outputs = split(tile, windows)
         region = reach(windows, outputs)
-        total = backend.full(sizes_of((*lead, *region)), 0, dx)
+        total = backend.full(backend.sizes_of((*lead, *region)), 0, dx)
         for at, what in work(*tile):
             total[(..., *map(within, at[len(lead) :], region))] += what
         return (*lead, *region), total
@@ -217,7 +217,7 @@ def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
     """Return where the first element of each window lies that is its maximum, or NaN."""
     xp = backend.namespace(x)
     lead, outputs = split(tile, windows)
-    indices = backend.full(sizes_of(tile), 0, x, xp.int64)
+    indices = backend.full(backend.sizes_of(tile), 0, x, xp.int64)
     for element, reads, writes in reversed(list(_elements(x, windows, outputs))):  # the first tap has the last word
         place = (..., *writes)
         value = x[(*lead, *reads)]
@@ -260,11 +260,6 @@ def divider(
 def split(tile: Tile, windows: AnyWindows) -> tuple[Tile, Tile]:
     """Split a tile into the slices of the leading dimensions, and those of the windows."""
     return tile[: len(tile) - len(windows)], tile[len(tile) - len(windows) :]
-
-
-def sizes_of(tile: Tile) -> tuple[int, ...]:
-    """Return the shape of what a tile holds."""
-    return tuple(s.stop - s.start for s in tile)
 
 
 def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:

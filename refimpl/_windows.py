@@ -3,23 +3,21 @@
 T taps of the kernel; `(*S)` the elements that windows slide over; `(*O)` the windows of a tile.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import backend
-from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, taps, within
+from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, within
 from .backend import Array, Tile
 
-_MANY = 16  # taps, from which on it pays to gather them along one dimension after another
+_MANY, _SHORT = 16, 32  # taps from which on, and windows in a row below which, it pays to gather twice
 
 
 def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     """Return what every tap of every window in the tile reads: `columns[..., t, o] = x[..., element of t at o]`.
 
-    Taps in padding hold 0. Many are gathered along the last dimension first: a kernel of 7x7 takes 7 copies of short
-    rows that way, and 7 of longer runs, not 49 of short rows.
+    Taps in padding hold 0.
 
     Parameters
     ----------
@@ -33,38 +31,55 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     -------
     (..., T, *O)
     """
-    dims, first = len(windows), x.ndim - len(windows)
-    region = reach(windows, outputs)
-    columns = x[(*lead, ..., *region)][(*(slice(None),) * first, *(None,) * dims, ...)]  # (..., *K, *S), each K still 1
-    kernel = [window.kernel for window in windows]
-    lines = math.prod(r.stop - r.start for r in region[:-1])  # that the taps of the last dimension read
-    fewer = lines <= math.prod(kernel[:-1]) * math.prod(o.stop - o.start for o in outputs[:-1])
-    twice = math.prod(kernel) >= _MANY and math.prod(kernel[:-1]) > 1 and fewer
-    for now in (range(dims - 1, dims), range(dims - 1)) if twice else (range(dims),):
-        columns = _gathered_along(columns, now, windows, outputs, region)
-    sizes = columns.shape[first + dims :]
-    return backend.namespace(x).reshape(columns, (*columns.shape[:first], math.prod(kernel), *sizes))
+    kernel, counts = [window.kernel for window in windows], backend.sizes_of(outputs)
+    held = math.prod(kernel) * math.prod(counts)
+    # Taps may lie far apart, and most of what is between them be padding.
+    if backend.has_strides(x) and math.prod(backend.sizes_of(spans(windows, outputs))) <= 4 * held:
+        columns = _slid(_padded(x, lead, windows, outputs), windows, counts)
+    else:  # what follows says what is meant
+        part = x[(*lead, ...)]
+        columns = backend.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x)
+        for k, reads, writes in taps(windows, outputs):
+            columns[(..., *k, *writes)] = part[(..., *reads)]
+    first = columns.ndim - 2 * len(windows)
+    return backend.namespace(x).reshape(columns, (*columns.shape[:first], math.prod(kernel), *counts))
 
 
-def _gathered_along(x: Array, now: range, windows: Windows, outputs: Tile, region: Sequence[slice]) -> Array:
-    """Return what the taps of the windows read along some dimensions: (..., *K, *S), of K 1 there and S the region."""
-    dims, everything = len(windows), slice(None)
-    along: list[list[tuple[int | slice, slice, slice]]] = [[(everything, everything, everything)]] * dims
-    kernel, sizes, complete = list(x.shape[-2 * dims : -dims]), list(x.shape[-dims:]), True
-    for d in now:
-        window, o = windows[d], outputs[d]
-        kernel[d], sizes[d] = window.kernel, o.stop - o.start
-        along[d] = [(k, within(reads, region[d]), writes) for k, reads, writes in window.taps(o.start, o.stop)]
-        complete &= [writes.stop - writes.start for _, _, writes in along[d]] == [sizes[d]] * window.kernel
-    found = list(itertools.product(*along))
-    if complete and len(found) == 1:  # a view, as nothing is moved
-        return x[(..., *(reads for _, reads, _ in found[0]))]
-    shape = (*x.shape[: -2 * dims], *kernel, *sizes)
-    columns = backend.empty(shape, x) if complete else backend.full(shape, 0, x)
-    for taps_of in found:
-        k, reads, writes = zip(*taps_of, strict=True)
-        columns[(..., *k, *writes)] = x[(..., *(0 if isinstance(i, int) else i for i in k), *reads)]
-    return columns
+def _slid(x: Array, windows: Windows, counts: Sequence[int]) -> Array:
+    """Return what the taps of windows read that begin at the first element: (..., *S) -> (..., *K, *O).
+
+    One copy of a view in which elements appear as often as they are read; a view itself if that is once. Many taps, or
+    those of short rows, are gathered along the last dimension first: what is then read for the others lies end to end.
+    """
+    first, kernel = x.ndim - len(windows), [window.kernel for window in windows]
+    before = [(axis, size, 1) for axis, size in enumerate(x.shape[:first])]
+    taps = [(first + d, window.kernel, window.dilation) for d, window in enumerate(windows)]
+    outs = [(first + d, count, window.stride) for d, (window, count) in enumerate(zip(windows, counts, strict=True))]
+    lines = math.prod(x.shape[first:-1])  # that the taps of the last dimension read
+    fewer = math.prod(kernel[:-1]) > 1 and lines < math.prod(kernel[:-1]) * math.prod(counts[:-1])
+    if fewer and (math.prod(kernel) >= _MANY or counts[-1] < _SHORT):
+        others = [(axis, x.shape[axis], 1) for axis in range(first, x.ndim - 1)]
+        x = backend.contiguous(backend.unfolded(x, [*before, taps[-1], *others, outs[-1]]))  # (..., K, *S, O)
+        taps = [(axis + 1, size, step) for axis, size, step in taps[:-1]] + [(first, kernel[-1], 1)]
+        outs = [(axis + 1, size, step) for axis, size, step in outs[:-1]] + [(x.ndim - 1, counts[-1], 1)]
+    columns = backend.unfolded(x, [*before, *taps, *outs])
+    return backend.contiguous(columns) if math.prod(kernel) > 1 else columns
+
+
+def _padded(x: Array, lead: Tile, windows: Windows, outputs: Tile, spare: int = 0) -> Array:
+    """Return what the windows of the tile lie over, with 0 in padding: a view of `x` if there is none.
+
+    With `spare` more lines of zeros along the first spatial dimension.
+    """
+    region, around = reach(windows, outputs), spans(windows, outputs)
+    part = x[(*lead, ..., *region)]
+    if region == around and not spare:
+        return part
+    first, *others = backend.sizes_of(around)
+    padded = backend.full((*part.shape[: -len(windows)], first + spare, *others), 0, x)
+    if all(r.start < r.stop for r in region):
+        padded[(..., *map(within, region, around))] = part
+    return padded
 
 
 def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[Array, list[int], tuple[int, ...]]:
@@ -80,21 +95,11 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
         Of a run: the windows of the tile, and after each row as many again as there is padding between, which count
         for nothing.
     """
-    xp = backend.namespace(x)
-    sizes = [o.stop - o.start + window.extent - 1 for window, o in zip(windows, outputs, strict=True)]
-    shape = (outputs[0].stop - outputs[0].start, *sizes[1:])
+    rows = _padded(x, lead, windows, outputs, spare=1)  # the last run goes on beyond the last row
+    sizes = rows.shape[len(lead) :]
     steps = [window.dilation * math.prod(sizes[d + 1 :]) for d, window in enumerate(windows)]
-    region = reach(windows, outputs)
-    places = [
-        slice(r.start + w.low - o.start, r.stop + w.low - o.start)
-        for r, w, o in zip(region, windows, outputs, strict=True)
-    ]
-    sizes[0] += len(sizes) > 1  # the last run goes on beyond the last row
-    rows = backend.full((*(s.stop - s.start for s in lead), *sizes), 0, x)
-    if all(r.start < r.stop for r in region):
-        rows[(..., *places)] = x[(*lead, *region)]
-    rows = xp.reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
-    return rows, steps, shape
+    rows = backend.namespace(x).reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
+    return rows, steps, (outputs[0].stop - outputs[0].start, *sizes[1:])
 
 
 def in_runs(outputs: Array, shape: tuple[int, ...]) -> Array:

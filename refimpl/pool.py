@@ -399,7 +399,7 @@ def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Ar
     """
     xp = backend.namespace(x)
     lead, outputs = _pooling.split(tile, windows)
-    unit, total = (backend.full(_pooling.sizes_of(tile), 0, x) for _ in range(2))
+    unit, total = (backend.full(backend.sizes_of(tile), 0, x) for _ in range(2))
     for _, reads, writes in taps(windows, outputs):
         place = (..., *writes)
         unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))

@@ -1,12 +1,14 @@
 """Window arithmetic against walking along the elements, and the two moves as adjoints."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import window_elements
 
-from refimpl import _geometry, _windows
+from refimpl import _geometry, _windows, backend
 
 
 @st.composite
@@ -98,6 +100,8 @@ def test_gather_and_add_back_are_adjoint(first, second, data):
     outputs = tuple(slice(data.draw(st.integers(0, w.out - 1)), w.out) for w in both)
     columns = _windows.gather(x, lead, both, outputs)
     assert columns.shape == (2, 2, first.kernel * second.kernel, *(o.stop - o.start for o in outputs))
+    with patch.object(backend, "has_strides", return_value=False):  # as it is done without views
+        np.testing.assert_array_equal(columns, _windows.gather(x, lead, both, outputs))
     other = rng.integers(-5, 6, size=columns.shape).astype(float)
     dx = np.zeros(x.shape)
     _windows.add_back(other, dx, lead, both, outputs)
@@ -136,10 +140,11 @@ def test_runs_laid_end_to_end_hold_what_gather_finds(first, second, data):
         outputs.append(slice(start, data.draw(st.integers(start + 1, window.out))))
     x = np.random.default_rng(0).normal(size=(2, *(window.size for window in both)))
     lead = (slice(0, 2),)
-    rows, offsets, shape = _windows.end_to_end(x, lead, both, tuple(outputs))
+    rows, steps, shape = _windows.end_to_end(x, lead, both, tuple(outputs))
     gathered = _windows.gather(x, lead, both, tuple(outputs))
-    for t, offset in enumerate(offsets):
-        run = rows[:, offset : offset + np.prod(shape)].reshape(2, *shape)
+    runs = backend.runs([window.kernel for window in both], steps, np.prod(shape))
+    for t, (_, where) in enumerate(runs):
+        run = rows[:, where].reshape(2, *shape)
         np.testing.assert_array_equal(run[:, :, : gathered.shape[-1]], gathered[:, t])
     whole = _windows.in_runs(gathered[:, 0], shape).reshape(2, *shape)
     np.testing.assert_array_equal(whole[:, :, : gathered.shape[-1]], gathered[:, 0])
