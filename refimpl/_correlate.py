@@ -17,7 +17,7 @@ from . import _masked, _windows, backend
 from ._geometry import Window, Windows
 from .backend import Array, Tile
 
-_MANY = 1024  # windows, from which on it pays to multiply each line of taps by itself
+_MANY = 512  # windows, from which on it pays to multiply each line of taps by itself
 _FEW = 4  # times fewer channels that come out of a gradient than go in make it pay to multiply before adding back
 _NEAR = 32  # elements, within which the taps of windows lie that share what a tile reads
 _ROWS = 32  # of a matrix, from which on a product is as fast as any

@@ -12,6 +12,7 @@ from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, 
 from .backend import Array, Tile
 
 _MANY, _SHORT = 16, 32  # taps from which on, and windows in a row below which, it pays to gather twice
+_WORTH = 1 << 12  # elements below which it never does
 
 
 def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
@@ -31,12 +32,12 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     -------
     (..., T, *O)
     """
-    kernel, counts = [window.kernel for window in windows], backend.sizes_of(outputs)
-    held = math.prod(kernel) * math.prod(counts)
+    kernel, counts = tuple(window.kernel for window in windows), backend.sizes_of(outputs)
+    around = spans(windows, outputs)
     # Taps may lie far apart, and most of what is between them be padding.
-    if backend.has_strides(x) and math.prod(backend.sizes_of(spans(windows, outputs))) <= 4 * held:
-        columns = _slid(_padded(x, lead, windows, outputs), windows, counts)
-    else:  # what follows says what is meant
+    if backend.has_strides(x) and math.prod(backend.sizes_of(around)) <= 4 * math.prod(kernel) * math.prod(counts):
+        columns = _slid(_padded(x, lead, reach(windows, outputs), around), windows, counts)
+    else:  # what is meant
         part = x[(*lead, ...)]
         columns = backend.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x)
         for k, reads, writes in taps(windows, outputs):
@@ -51,32 +52,40 @@ def _slid(x: Array, windows: Windows, counts: Sequence[int]) -> Array:
     One copy of a view in which elements appear as often as they are read; a view itself if that is once. Many taps, or
     those of short rows, are gathered along the last dimension first: what is then read for the others lies end to end.
     """
-    first, kernel = x.ndim - len(windows), [window.kernel for window in windows]
+    first = x.ndim - len(windows)
     before = [(axis, size, 1) for axis, size in enumerate(x.shape[:first])]
-    taps = [(first + d, window.kernel, window.dilation) for d, window in enumerate(windows)]
-    outs = [(first + d, count, window.stride) for d, (window, count) in enumerate(zip(windows, counts, strict=True))]
-    lines = math.prod(x.shape[first:-1])  # that the taps of the last dimension read
-    fewer = math.prod(kernel[:-1]) > 1 and lines < math.prod(kernel[:-1]) * math.prod(counts[:-1])
-    if fewer and (math.prod(kernel) >= _MANY or counts[-1] < _SHORT):
-        others = [(axis, x.shape[axis], 1) for axis in range(first, x.ndim - 1)]
+    along = range(first, x.ndim)
+    taps = [(axis, window.kernel, window.dilation) for axis, window in zip(along, windows, strict=True)]
+    outs = [(axis, count, window.stride) for axis, count, window in zip(along, counts, windows, strict=True)]
+    if _pays_twice(x, windows, counts):
+        others = [(axis, x.shape[axis], 1) for axis in along[:-1]]
         x = backend.contiguous(backend.unfolded(x, [*before, taps[-1], *others, outs[-1]]))  # (..., K, *S, O)
-        taps = [(axis + 1, size, step) for axis, size, step in taps[:-1]] + [(first, kernel[-1], 1)]
+        taps = [(axis + 1, size, step) for axis, size, step in taps[:-1]] + [(first, taps[-1][1], 1)]
         outs = [(axis + 1, size, step) for axis, size, step in outs[:-1]] + [(x.ndim - 1, counts[-1], 1)]
     columns = backend.unfolded(x, [*before, *taps, *outs])
-    return backend.contiguous(columns) if math.prod(kernel) > 1 else columns
+    return columns if all(window.kernel == 1 for window in windows) else backend.contiguous(columns)
 
 
-def _padded(x: Array, lead: Tile, windows: Windows, outputs: Tile, spare: int = 0) -> Array:
-    """Return what the windows of the tile lie over, with 0 in padding: a view of `x` if there is none.
+def _pays_twice(x: Array, windows: Windows, counts: Sequence[int]) -> bool:
+    """Return whether to gather along the last dimension first, which copies more at once, but one time more."""
+    if x.size < _WORTH:
+        return False
+    others = math.prod(window.kernel for window in windows[:-1])
+    read, written = math.prod(x.shape[-len(windows) : -1]), others * math.prod(counts[:-1])  # lines
+    many = others * windows[-1].kernel >= _MANY or counts[-1] < _SHORT
+    return others > 1 and many and read < written
+
+
+def _padded(x: Array, lead: Tile, region: Tile, around: Tile, spare: int = 0) -> Array:
+    """Return what lies around a region of `x`, with 0 in padding: a view if that is the region, and nothing to spare.
 
     With `spare` more lines of zeros along the first spatial dimension.
     """
-    region, around = reach(windows, outputs), spans(windows, outputs)
     part = x[(*lead, ..., *region)]
     if region == around and not spare:
         return part
     first, *others = backend.sizes_of(around)
-    padded = backend.full((*part.shape[: -len(windows)], first + spare, *others), 0, x)
+    padded = backend.full((*part.shape[: part.ndim - len(region)], first + spare, *others), 0, x)
     if all(r.start < r.stop for r in region):
         padded[(..., *map(within, region, around))] = part
     return padded
@@ -95,7 +104,8 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
         Of a run: the windows of the tile, and after each row as many again as there is padding between, which count
         for nothing.
     """
-    rows = _padded(x, lead, windows, outputs, spare=1)  # the last run goes on beyond the last row
+    # The last run goes on beyond the last row.
+    rows = _padded(x, lead, reach(windows, outputs), spans(windows, outputs), spare=1)
     sizes = rows.shape[len(lead) :]
     steps = [window.dilation * math.prod(sizes[d + 1 :]) for d, window in enumerate(windows)]
     rows = backend.namespace(x).reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))

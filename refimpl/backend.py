@@ -138,6 +138,8 @@ def shown(value: object) -> str:
 
 def is_number(value: object, kind: type = numbers.Integral) -> bool:
     """Return whether the value is an int, or a number of a kind (`numbers.Real`), of Python or NumPy, and no bool."""
+    if type(value) is int:
+        return True
     # NumPy registers timedelta64 as an integer, which it is not without a unit of time.
     return isinstance(value, kind) and not isinstance(value, bool | np.timedelta64)
 
@@ -567,6 +569,8 @@ def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> 
     if 0 in shape:
         return iter(())
     items = math.prod(shape)
+    if items * item_bytes <= min(tile_bytes(), least):
+        return iter([tuple(slice(0, size) for size in shape)])
     share = max(least, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
     room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
     steps = []
