@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from . import _masked, backend
-from ._pairs import Call, accumulate, added, apart, by_heads, take, transposed_sum, visible, weighted_sum
+from ._pairs import Call, accumulate, added, apart, by_heads, hidden, take, transposed_sum, visible, weighted_sum
 from .backend import Array, Tile
 
 _MANY = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
@@ -153,12 +153,11 @@ def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, A
         s = added(s, call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
     if call.hides and call.finite:
         doubtful = call.doubtful_keys(tile, keys)
-        allowed = visible(call, tile, doubtful)
-        hidden = 1.0 - 1.0 / xp.astype(allowed, s.dtype)  # 0 where a pair is visible, and else -inf
+        minus_inf, allowed = hidden(call, tile, doubtful)
         if doubtful == keys:
-            sees, s = xp.any(allowed, axis=-1, keepdims=True), added(s, hidden)
+            sees, s = xp.any(allowed, axis=-1, keepdims=True), added(s, minus_inf)
         else:  # all rows see the keys before
-            s[..., doubtful.start - keys.start :] += hidden
+            s[..., doubtful.start - keys.start :] += minus_inf
     elif call.hides:
         seen = visible(call, tile, keys)
         sees = xp.any(seen, axis=-1, keepdims=True)
