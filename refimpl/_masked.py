@@ -1,6 +1,8 @@
 """Arithmetic over real pairs only: what is hidden or lies in padding is selected away, never multiplied by 0."""
 
 import math
+import operator
+from collections.abc import Callable
 
 from . import backend
 from .backend import Array
@@ -27,7 +29,13 @@ def laid_out(x: Array) -> Array:
     return xp.where(xp.isfinite(x), x, x)
 
 
-def matmul(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None) -> Array:
+def matmul(
+    a: Array,
+    b: Array,
+    a_real: Array | None = None,
+    b_real: Array | None = None,
+    multiply: Callable[[Array, Array], Array] = operator.matmul,
+) -> Array:
     """Return `a @ b` over real pairs, exact for NaN and inf: entries that are not real are 0, but 0 * NaN is not.
 
     The finite entries are multiplied as ever. What the others add is found by multiplying indicators: whether any real
@@ -39,6 +47,8 @@ def matmul(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None
     b : (..., K, N)
     a_real, b_real : bool, of the shapes of `a` and `b`, optional
         False where an entry is a placeholder, which must be 0.
+    multiply
+        How to multiply the finite entries: as it would be done without others, since BLAS rounds by shape.
     """
     xp = backend.namespace(a)
 
@@ -51,7 +61,7 @@ def matmul(a: Array, b: Array, a_real: Array | None = None, b_real: Array | None
     down = meet(a > 0, b == -inf) | meet(a < 0, b == inf) | meet(a == inf, b < 0) | meet(a == -inf, b > 0)
     neither = meet(xp.isnan(a), anything[1]) | meet(anything[0], xp.isnan(b))
     neither = neither | meet(a == 0, xp.isinf(b)) | meet(xp.isinf(a), b == 0)
-    total = finite(a) @ finite(b)
+    total = multiply(finite(a), finite(b))
     total = xp.where(up, total + inf, total)
     total = xp.where(down, total - inf, total)
     return xp.where(neither, math.nan, total)

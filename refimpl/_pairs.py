@@ -338,11 +338,11 @@ def weighted_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Ar
     Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
     """
     if not call.finite:
-        product = _masked.matmul(weights, x, a_real=seen)
+        product = _masked.matmul(weights, x, a_real=seen, multiply=backend.matmul_in_parts)
     elif weights.shape[-1] == 1:  # nothing to sum: a third of the time
         product = weights * x
     else:
-        product = weights @ x
+        product = backend.matmul_in_parts(weights, x)
     if call.hides:
         product += 0.0
     return product
