@@ -19,6 +19,7 @@ from .backend import Array, Tile
 
 _MANY = 512  # windows, from which on it pays to multiply each line of taps by itself
 _FEW = 4  # times fewer channels that come out of a gradient than go in make it pay to multiply before adding back
+_SMALL = 1 << 17  # columns, up to which that also takes less time than to see to every phase
 _NEAR = 32  # elements, within which the taps of windows lie that share what a tile reads
 _ROWS = 32  # of a matrix, from which on a product is as fast as any
 
@@ -117,11 +118,12 @@ def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
 
     Element `stride * m + phase` is reached by every `stride`-th tap at most, the later the earlier the window: each
     phase is a convolution of `dout` with its taps in reverse order. That gathers J channels for I that come out; where
-    these are few, to multiply first and add back what comes out is less work.
+    these are few, and where there is little to do, to multiply first and add back what comes out is less work.
     """
     xp = backend.namespace(dout)
     rows, planes = weight.shape[0] // groups, weight.shape[1]
-    if planes * _FEW < rows:
+    columns = dout.shape[0] * groups * math.prod(weight.shape[1:]) * math.prod(w.out for w in windows)
+    if planes * _FEW < rows or columns <= _SMALL:
         return _add_back_dx(dout, weight, windows, groups, bias)
     phases = [list(window.phases()) for window in windows]
     reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from . import _masked, backend
 from .backend import Array, Tile
 
+_MANY = 1 << 12  # pairs, of which it takes less time to see them in a line of distances than one by one
+
 
 @dataclass(frozen=True)
 class Call:
@@ -216,7 +218,8 @@ def hidden(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
     Where distance decides, both are views of a line that holds every distance once (256x256 of them: 54 and 19 us).
     """
     xp = backend.namespace(call.query)
-    line = call.by_distance and backend.has_strides(call.query)
+    rows, columns = backend.sizes_of((tile[-1], keys))
+    line = call.by_distance and backend.has_strides(call.query) and rows * columns >= _MANY
     if line:
         distance = backend.arange(keys.start - tile[-1].stop + 1, keys.stop - tile[-1].start, call.query)
         seen = xp.ones_like(distance, dtype=xp.bool)
@@ -226,8 +229,7 @@ def hidden(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
         seen = visible(call, tile, keys)
     found = 1.0 - 1.0 / xp.astype(seen, call.query.dtype), seen
     if line:
-        axes = [(0, size, 1) for size in backend.sizes_of((tile[-1], keys))]
-        found = tuple(backend.unfolded(array, axes)[::-1, :] for array in found)
+        found = tuple(backend.unfolded(array, [(0, rows, 1), (0, columns, 1)])[::-1, :] for array in found)
     return found
 
 
