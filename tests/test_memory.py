@@ -53,6 +53,15 @@ def test_convolution_never_holds_all_columns(shape):
     assert extra(refimpl.conv_transpose_backward, x, x, weight, padding=1) < limit
 
 
+def test_what_lies_between_taps_far_apart_is_never_held():
+    apart = 1 << 28
+    options = {"stride": apart, "padding": apart, "dilation": apart}
+    x, weight = np.arange(1.0, 5.0).reshape(1, 1, 4), np.array([[[2.0, 3.0]]])
+    np.testing.assert_array_equal(refimpl.conv(x, weight, **options), [[[3.0, 2.0]]])
+    assert extra(refimpl.conv, x, weight, **options) < TILE
+    assert extra(refimpl.conv_backward, np.ones((1, 1, 2)), x, weight, **options) < TILE
+
+
 def test_pooling_never_holds_a_copy():
     x = normal(16, 16, 64, 256)
     limit = 12 * TILE
