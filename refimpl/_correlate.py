@@ -176,9 +176,9 @@ def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
 
     taps = weight_g.shape[3]
     plane_bytes = taps * math.prod(outs) * backend.itemsize(dout)
-    channels = backend.tile_bytes() // max(1, plane_bytes)
+    channels = backend.tile_bytes(dout) // max(1, plane_bytes)
     if channels >= planes or channels * taps >= _ROWS:
-        backend.run(of_channels, backend.tiles((batch, groups, planes), plane_bytes), dout)
+        backend.run(of_channels, backend.tiles((batch, groups, planes), plane_bytes, dout), dout)
     else:
         backend.run(of_windows, _tiles(dx, weight, windows, windows), dout, collect)
     return dx
@@ -256,7 +256,7 @@ def _correlation_of_planes(
         own = (slice(0, size) for size in backend.sizes_of(o))
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
-    return work, backend.tiles(tuple(out.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT)
+    return work, backend.tiles(tuple(out.shape), 3 * backend.itemsize(x), x, backend.LEAST_LIGHT)
 
 
 def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
@@ -284,7 +284,7 @@ def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Win
     def collect(tile: Tile, part: Array) -> None:
         dweight[tile[1], ...] += part
 
-    backend.run(work, backend.tiles(tuple(dout.shape), 3 * backend.itemsize(x), backend.LEAST_LIGHT), x, collect)
+    backend.run(work, backend.tiles(tuple(dout.shape), 3 * backend.itemsize(x), x, backend.LEAST_LIGHT), x, collect)
     return xp.reshape(dweight, weight.shape)
 
 
@@ -322,5 +322,5 @@ def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iter
     first, *others = (w.out for w in windows)
     outer = max(0, len(others) - 1) if gathered != windows else 0  # dimensions that are cut before the first one is
     shape = (x.shape[0], *others[:outer], first, *others[outer:])
-    tiles = backend.tiles(shape, per_window * backend.itemsize(x))
+    tiles = backend.tiles(shape, per_window * backend.itemsize(x), x)
     return ((n, o[outer], *o[:outer], *o[outer + 1 :]) for n, *o in tiles)

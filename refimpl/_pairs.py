@@ -55,7 +55,8 @@ class Call:
         arrays += sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask)) + 2 * self.hides
         features = sum(int(array.shape[-1]) for array in (self.key, self.value) if array is not None)
         held = features * (1 + gradients * self.scores[-1] // max(1, self.scores[-2]))
-        return backend.tiles(self.space, (arrays * self.scores[-1] + held) * backend.itemsize(self.query))
+        row_bytes = (arrays * self.scores[-1] + held) * backend.itemsize(self.query)
+        return backend.tiles(self.space, row_bytes, self.query)
 
     def visible_keys(self, tile: Tile) -> slice | None:
         """Return the keys outside of which the rows of the tile see none, or None if there are none."""

@@ -275,4 +275,4 @@ def tiles_of(x: Array, windows: AnyWindows, held: int = 0) -> Iterator[Tile]:
 
     `held` more bytes of it are needed meanwhile.
     """
-    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16 + held, backend.LEAST_LIGHT)
+    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16 + held, x, backend.LEAST_LIGHT)

@@ -183,4 +183,4 @@ def _rows(x: Array | None, at: tuple[Any, ...]) -> Array | None:
 
 def _tiles(x: Array, linear: Linear) -> Iterator[Tile]:
     """Cut the rows of `x` into tiles; one costs the features that go in, and those that come out."""
-    return backend.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * backend.itemsize(x))
+    return backend.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * backend.itemsize(x), x)

@@ -33,10 +33,11 @@ T = TypeVar("T")
 
 class _Limits(NamedTuple):
     threads: int | None
-    tile_bytes: int
+    tile_bytes: int | None
 
 
-_DEFAULTS = _Limits(threads=None, tile_bytes=4 << 20)
+_DEFAULTS = _Limits(threads=None, tile_bytes=None)
+_CPU_TILE, _GPU_TILE = 4 << 20, 256 << 20  # bytes: what a core's cache holds; what is long beside the start of a kernel
 LEAST_LIGHT = 4 << 20
 """The bytes of a tile that does little with each of them: a smaller one is done before another thread wakes up."""
 _LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
@@ -114,6 +115,7 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
     tile_bytes
         The working set of one tile in bytes, at least 1: what one thread allocates beyond the results. A tile holds at
         least one output position or query row, so a small value is met as nearly as that allows. May change rounding.
+        Unless set, 4 MiB on a CPU and 256 MiB on a GPU, however much is free there: the same call gives the same bits.
     """
     for name, value in (("threads", threads), ("tile_bytes", tile_bytes)):
         if value is not None and not is_number(value):
@@ -121,7 +123,7 @@ def limits(*, threads: int | None = None, tile_bytes: int | None = None) -> Iter
         if value is not None and not 1 <= int(value) <= 1 << 40:
             raise ValueError(f"limits: {name} must be from 1 to {1 << 40}; got {shown(value)}")
     now = _LIMITS.get()
-    token = _LIMITS.set(_Limits(int(threads) if threads else now.threads, int(tile_bytes or now.tile_bytes)))
+    token = _LIMITS.set(_Limits(int(threads or 0) or now.threads, int(tile_bytes or 0) or now.tile_bytes))
     try:
         yield
     finally:
@@ -562,13 +564,15 @@ def add_at(target: Array, places: Array, values: Array, spatial: int) -> bool:
     return True
 
 
-def tile_bytes() -> int:
-    """Return how large the working set of a tile may be."""
-    return _LIMITS.get().tile_bytes
+def tile_bytes(like: Array) -> int:
+    """Return how large the working set of a tile of such arrays may be."""
+    return _LIMITS.get().tile_bytes or (_GPU_TILE if _is_cupy(namespace(like)) else _CPU_TILE)
 
 
-def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> Iterator[Tile]:
-    """Cut an index space into tiles, so that the items of one need about `tile_bytes`, and less if there are few items.
+def tiles(shape: tuple[int, ...], item_bytes: int, like: Array, least: int = _LEAST_TILE) -> Iterator[Tile]:
+    """Cut an index space into tiles, so that the items of one need about `tile_bytes`.
+
+    On a CPU less if there are few items, so that there are tiles for many threads; on a GPU there is one after another.
 
     Trailing dimensions stay whole while they fit, one dimension is cut into ranges, and those before it are walked one
     index at a time; ranges are of nearly one size. A tile is a slice per dimension, in row-major order; an empty space
@@ -576,11 +580,12 @@ def tiles(shape: tuple[int, ...], item_bytes: int, least: int = _LEAST_TILE) -> 
     """
     if 0 in shape:
         return iter(())
-    items = math.prod(shape)
-    if items * item_bytes <= min(tile_bytes(), least):
+    needed, room = math.prod(shape) * item_bytes, tile_bytes(like)
+    if not _is_cupy(namespace(like)):
+        room = min(room, max(least, needed // _LEAST_TILES))
+    if needed <= room:
         return iter([tuple(slice(0, size) for size in shape)])
-    share = max(least, items * item_bytes // _LEAST_TILES)  # enough tiles for many threads, however few there are
-    room = max(1, min(tile_bytes(), share) // max(1, item_bytes))
+    room = max(1, room // max(1, item_bytes))
     steps = []
     for size in reversed(shape):
         steps.append(-(-size // -(-size // min(size, room))))
@@ -613,17 +618,16 @@ def run(
     wait for their turn in a bounded amount of memory.
     """
     xp, _, context = _placement(like)
-    now = _LIMITS.get()
     with context, np.errstate(all="ignore"), _NOWHERE if _is_cupy(xp) else _threads.one_blas_thread():
         tiles = iter(tiles)
         first = list(itertools.islice(tiles, 2))
-        threads = (now.threads or _threads.usable_cores()) if xp is np and len(first) > 1 else 1
+        threads = (_LIMITS.get().threads or _threads.usable_cores()) if xp is np and len(first) > 1 else 1
         work = _unbuffered(work) if len(first) > 1 else work
         tiles = itertools.chain(first, tiles)
         if threads == 1:
             results = ((tile, work(*tile)) for tile in tiles)
         else:
-            few = max(1, min(2 * threads, _AHEAD_BYTES // (result_bytes or now.tile_bytes)))
+            few = max(1, min(2 * threads, _AHEAD_BYTES // (result_bytes or tile_bytes(like))))
             results = _threads.in_order(work, tiles, threads, ahead=math.inf if collect is None else few)
         with contextlib.closing(results):
             for tile, result in results:

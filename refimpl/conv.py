@@ -315,7 +315,8 @@ def _sum_of_channels(dout: Array) -> Array:
     def collect(_: Tile, part: Array) -> None:
         dbias[...] += part
 
-    backend.run(work, backend.tiles(dout.shape[:1], math.prod(dout.shape[1:]) * backend.itemsize(dout)), dout, collect)
+    tiles = backend.tiles(dout.shape[:1], math.prod(dout.shape[1:]) * backend.itemsize(dout), dout)
+    backend.run(work, tiles, dout, collect)
     return dbias
 
 

@@ -151,4 +151,4 @@ def _run(work: Callable[..., None], outs: Array) -> None:
     """Do the work on tiles of rows; without parts there is none."""
     parts, *rows, features = outs.shape
     if parts:
-        backend.run(work, backend.tiles(tuple(rows), 4 * parts * (features + 2) * backend.itemsize(outs)), outs)
+        backend.run(work, backend.tiles(tuple(rows), 4 * parts * (features + 2) * backend.itemsize(outs), outs), outs)

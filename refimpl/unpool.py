@@ -177,4 +177,4 @@ def _planes(array: Array, spatial: int) -> Array:
 
 def _tiles(places: Array, out: Array) -> Iterator[Tile]:
     """Cut the planes into tiles; each is sorted and looked up in a handful of int64 arrays."""
-    return backend.tiles(tuple(places.shape[:1]), 6 * 8 * (places.shape[1] + out.shape[1]))
+    return backend.tiles(tuple(places.shape[:1]), 6 * 8 * (places.shape[1] + out.shape[1]), out)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import types
 from unittest import mock
 
@@ -15,6 +16,10 @@ class Backend:
     """Plain NumPy."""
 
     name = "numpy"
+
+    def installed(self):
+        """Return a context in which refimpl knows this backend."""
+        return contextlib.nullcontext()
 
     def array(self, array):
         return np.array(array)
@@ -110,11 +115,22 @@ class Guarded(np.ndarray):
         locals()[_name] = _waits(_name)
 
 
+class GuardedInGuise(Guarded):
+    """A guarded array that passes for one of CuPy's, which has no `__array_namespace__` and lies on a device."""
+
+    __array_namespace__ = None
+
+    @property
+    def device(self):
+        return GUISE.only_device
+
+
 class _GuardedNamespace(types.ModuleType):
     """NumPy, with results that are guarded, and a record of every call: `(function, arguments, keywords)`."""
 
-    def __init__(self):
-        super().__init__("guarded_numpy")
+    def __init__(self, name, kind):
+        super().__init__(name)
+        self.kind = kind
         self.calls = {}
 
     def __getattr__(self, name):
@@ -126,20 +142,58 @@ class _GuardedNamespace(types.ModuleType):
         @functools.wraps(found)
         def call(*args, **kwargs):
             self.calls.setdefault((name, len(args), tuple(sorted(kwargs))), None)
-            return _guard(found(*args, **kwargs))
+            return self.guard(found(*args, **kwargs))
 
         return call
 
+    def guard(self, result):
+        if isinstance(result, tuple | list):
+            return tuple(self.guard(item) for item in result)
+        if isinstance(result, np.ndarray | np.generic):
+            return np.asarray(result).view(self.kind)
+        return result
 
-def _guard(result):
-    if isinstance(result, tuple | list):
-        return tuple(_guard(item) for item in result)
-    if isinstance(result, np.ndarray | np.generic):
-        return np.asarray(result).view(Guarded)
-    return result
+
+class _Device:
+    """Stands for a device of CuPy, which is current inside of a `with` block."""
+
+    def __init__(self):
+        self.entered = 0
+
+    def __enter__(self):
+        self.entered += 1
+        return self
+
+    def __exit__(self, *error):
+        self.entered -= 1
+
+    def synchronize(self):
+        pass
 
 
-GUARDED_NAMESPACE = _GuardedNamespace()
+class _Guise(_GuardedNamespace):
+    """What the guarded NumPy needs to pass for CuPy, where that differs."""
+
+    ndarray = GuardedInGuise
+    asnumpy = staticmethod(np.array)
+
+    def __init__(self):
+        super().__init__("cupy", GuardedInGuise)
+        self.only_device = _Device()
+        self.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=self._as_strided))
+
+    def _as_strided(self, *args):
+        self.calls.setdefault(("lib.stride_tricks.as_strided", len(args), ()), None)
+        return self.guard(np.lib.stride_tricks.as_strided(*args))
+
+    def __getattr__(self, name):
+        if name in ("arange", "asarray", "empty", "full", "ones", "zeros"):
+            assert self.only_device.entered, f"{name} would put its array on whatever device is current"
+        return super().__getattr__(name)
+
+
+GUARDED_NAMESPACE = _GuardedNamespace("guarded_numpy", Guarded)
+GUISE = _Guise()
 
 
 class GuardedBackend(Backend):
@@ -152,6 +206,21 @@ class GuardedBackend(Backend):
 
     def owns(self, array):
         return type(array) is Guarded
+
+
+class GuisedBackend(Backend):
+    """The guarded NumPy subclass in the guise of CuPy: the ops go the ways that they go on a GPU."""
+
+    name = "guarded-as-cupy"
+
+    def installed(self):
+        return mock.patch.dict(sys.modules, {"cupy": GUISE})
+
+    def array(self, array):
+        return np.array(array).view(GuardedInGuise)
+
+    def owns(self, array):
+        return type(array) is GuardedInGuise
 
 
 @contextlib.contextmanager
@@ -174,4 +243,12 @@ def patched_waits():
         yield
 
 
-BACKENDS = [Backend(), ReadOnlyBackend(), StridedBackend(), StrictBackend(), GuardedBackend(), CupyBackend()]
+BACKENDS = [
+    Backend(),
+    ReadOnlyBackend(),
+    StridedBackend(),
+    StrictBackend(),
+    GuardedBackend(),
+    GuisedBackend(),
+    CupyBackend(),
+]

@@ -21,5 +21,5 @@ def backend(request):
         if os.environ.get("REFIMPL_REQUIRE_GPU") == "1":
             pytest.fail("REFIMPL_REQUIRE_GPU=1, but no device answers to CuPy")
         pytest.skip("no device answers to CuPy")
-    with patched_waits():
+    with patched_waits(), chosen.installed():
         yield chosen

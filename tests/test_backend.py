@@ -14,13 +14,15 @@ import time
 import array_api_strict
 import numpy as np
 import pytest
-from backends import Guarded
+from backends import Guarded, GuisedBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 import refimpl
 from refimpl import backend as be
+
+ONE = np.ones(1)
 
 
 def test_namespace_of_each_backend(backend):
@@ -89,7 +91,7 @@ def test_tiles_cover_every_item_once_in_order_within_the_limit(shape, room):
     seen = np.zeros(shape, dtype=int)
     starts = []
     with be.limits(tile_bytes=8 * room):
-        for tile in be.tiles(tuple(shape), 8):
+        for tile in be.tiles(tuple(shape), 8, ONE):
             assert seen[tile].size <= max(room, 1)
             seen[tile] += 1
             starts.append(tuple(s.start for s in tile))
@@ -106,7 +108,7 @@ def test_results_are_collected_in_order(threads):
         return part.start
 
     with be.limits(threads=threads, tile_bytes=8):
-        be.run(work, be.tiles((20,), 8), np.ones(1), collect=lambda tile, result: order.append((tile[0].start, result)))
+        be.run(work, be.tiles((20,), 8, ONE), ONE, collect=lambda tile, result: order.append((tile[0].start, result)))
     assert order == [(i, i) for i in range(20)]
 
 
@@ -122,7 +124,7 @@ def test_no_more_tiles_run_at_once_than_there_are_threads():
             running.discard(part.start)
 
     with be.limits(threads=3, tile_bytes=8):
-        be.run(work, be.tiles((30,), 8), np.ones(1))
+        be.run(work, be.tiles((30,), 8, ONE), ONE)
     assert 1 <= most[0] <= 3
 
 
@@ -138,7 +140,7 @@ def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
         time.sleep(0.01)
 
     with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no room"):
-        be.run(work, be.tiles((1000,), 8), np.ones(1))
+        be.run(work, be.tiles((1000,), 8, ONE), ONE)
     count = len(started)
     time.sleep(0.05)
     assert len(started) == count < 100
@@ -148,12 +150,12 @@ def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_of_the_tiles_themselves_arrives(threads):
     def tiles():
-        yield from be.tiles((10,), 8)
+        yield from be.tiles((10,), 8, ONE)
         raise MemoryError("no more tiles")
 
     for _ in range(20):
         with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no more tiles"):
-            be.run(lambda _: time.sleep(0.0005), tiles(), np.ones(1))
+            be.run(lambda _: time.sleep(0.0005), tiles(), ONE)
 
 
 def test_no_job_waits_for_helpers_that_are_busy():
@@ -165,14 +167,14 @@ def test_no_job_waits_for_helpers_that_are_busy():
 
     def busy():
         with be.limits(threads=3, tile_bytes=8):
-            be.run(hold, be.tiles((3,), 8), np.ones(1))
+            be.run(hold, be.tiles((3,), 8, ONE), ONE)
 
     holder = threading.Thread(target=busy)
     holder.start()
     started.wait(timeout=30)
     with be.limits(threads=3, tile_bytes=8):
         for _ in range(50):
-            be.run(lambda _: None, be.tiles((4,), 8), np.ones(1))
+            be.run(lambda _: None, be.tiles((4,), 8, ONE), ONE)
     assert refimpl._threads._CREW._jobs.qsize() <= refimpl._threads._CREW._size
     release.set()
     holder.join()
@@ -205,7 +207,7 @@ def interrupted_at(number, call):
 
 def test_ctrl_c_on_any_line_is_healed_by_the_next_call():
     def call():
-        be.run(lambda _: None, [(slice(0, 1),)], np.ones(1))
+        be.run(lambda _: None, [(slice(0, 1),)], ONE)
 
     before, number = blas_threads(), 1
     while interrupted_at(number, call):
@@ -226,10 +228,10 @@ def test_blas_has_one_thread_inside_and_as_many_as_before_outside():
     def work(part):
         inside.append(blas_threads())
         if part.start == 0:  # a nested call
-            be.run(lambda _: inside.append(blas_threads()), [(slice(0, 1),)], np.ones(1))
+            be.run(lambda _: inside.append(blas_threads()), [(slice(0, 1),)], ONE)
             inside.append(blas_threads())
 
-    be.run(work, [(slice(0, 1),)], np.ones(1))
+    be.run(work, [(slice(0, 1),)], ONE)
     assert inside == [[1] * len(before)] * 3
     assert blas_threads() == before
 
@@ -277,7 +279,7 @@ def test_wrong_limits(name, value, error):
 
 def test_limits_nest_and_belong_to_their_context():
     def pieces():
-        return len(list(be.tiles((64,), 1)))
+        return len(list(be.tiles((64,), 1, ONE)))
 
     with be.limits(tile_bytes=32):
         assert pieces() == 2
@@ -288,6 +290,20 @@ def test_limits_nest_and_belong_to_their_context():
         assert pieces() == 2
         assert contextvars.Context().run(pieces) == 1
     assert pieces() == 1
+
+
+def test_a_gpu_takes_few_tiles():
+    guised = GuisedBackend()
+
+    def pieces(mebibytes, like):
+        return len(list(be.tiles((mebibytes,), 1 << 20, like)))
+
+    with guised.installed():
+        like = guised.array(ONE)
+        assert (pieces(16, ONE), pieces(16, like)) == (8, 1)
+        assert (pieces(1024, ONE), pieces(1024, like)) == (256, 4)
+        with be.limits(tile_bytes=2 << 20):
+            assert pieces(16, ONE) == pieces(16, like) == 8
 
 
 def test_limits_take_numpy_integers():
@@ -315,7 +331,7 @@ def test_without_threads_to_be_had_the_caller_does_the_work(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     order = []
     with be.limits(threads=2, tile_bytes=8):
-        be.run(lambda part: part.start, be.tiles((9,), 8), np.ones(1), collect=lambda _, result: order.append(result))
+        be.run(lambda part: part.start, be.tiles((9,), 8, ONE), ONE, collect=lambda _, result: order.append(result))
     assert order == list(range(9))
 
 
@@ -346,7 +362,7 @@ def test_a_forked_process_computes_with_threads_of_its_own():
         ready.set()
         release.wait(timeout=30)
 
-    holder = threading.Thread(target=be.run, args=(hold, [(slice(0, 1),)], np.ones(1)))
+    holder = threading.Thread(target=be.run, args=(hold, [(slice(0, 1),)], ONE))
     holder.start()  # BLAS is held to one thread at the moment of the fork
     ready.wait(timeout=30)
     child = fork.Process(target=_child, args=(there,))
@@ -370,7 +386,7 @@ def work(part):
     if part.start == 0: print("started", flush=True)
     done.append(threading.Event().wait(0.02))
 try:
-    with b.limits(threads=2, tile_bytes=8): b.run(work, b.tiles((100000,), 8), np.ones(1))
+    with b.limits(threads=2, tile_bytes=8): b.run(work, b.tiles((100000,), 8, np.ones(1)), np.ones(1))
 except KeyboardInterrupt:
     count = len(done); threading.Event().wait(0.2)
     print("stopped", count == len(done) < 5000, blas() == before)
