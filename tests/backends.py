@@ -92,7 +92,7 @@ class CupyBackend(Backend):
 
 def _waits(name):
     def method(self, *args, **kwargs):
-        if not Guarded.may_wait:
+        if Guarded.never_waits or not Guarded.may_wait:
             raise AssertionError(f"{name} of an array: on a GPU this would wait for the device or copy from it")
         return getattr(np.ndarray, name)(self, *args, **kwargs)
 
@@ -102,7 +102,7 @@ def _waits(name):
 class Guarded(np.ndarray):
     """A NumPy array that behaves as one on a device would: its values cannot be looked at in passing."""
 
-    may_wait = False
+    may_wait = never_waits = False
 
     def __array_namespace__(self, *, api_version=None):
         del api_version
@@ -241,6 +241,14 @@ def patched_waits():
     names = ("all_finite", "bounds", "largest", "sum_of_squares", "to_numpy")
     with mock.patch.multiple(refimpl.backend, **{name: waiting(getattr(refimpl.backend, name)) for name in names}):
         yield
+
+
+@contextlib.contextmanager
+def a_gpu_that_nobody_waits_for():
+    """Give a backend that passes for CuPy, of whose arrays no function at all may read a value."""
+    guised = GuisedBackend()
+    with guised.installed(), mock.patch.object(Guarded, "never_waits", True):
+        yield guised
 
 
 BACKENDS = [

@@ -4,6 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
+from backends import a_gpu_that_nobody_waits_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,3 +169,34 @@ def test_no_floating_point_warning_leaves_the_library(op, values, data):
     with np.errstate(all="raise"):
         out = case.f(*case.arrays, **case.options)
         case.f_backward(out[0] if isinstance(out, tuple) else out, *case.arrays, **case.options)
+
+
+NEVER_WAIT = [op for op in EVERY_OP if "pool" in op and op != "max_unpool"] + ["merge_attention"]
+
+
+@pytest.mark.parametrize("op", NEVER_WAIT)
+@given(data=st.data())
+def test_what_never_waits_for_a_gpu(op, data):
+    case = data.draw(EVERY_OP[op]())
+    dout = gradient_of(case.f(*case.arrays, **case.options))
+    with a_gpu_that_nobody_waits_for() as gpu:
+        arrays, options = gpu.arrays((case.arrays, case.options))
+        results = case.f(*arrays, **options), case.f_backward(gpu.array(dout), *arrays, **options)
+        assert all(map(gpu.owns, flat(results)))
+
+
+def test_what_does_not_wait_for_a_gpu_with_these_options():
+    with a_gpu_that_nobody_waits_for() as gpu:
+        x, weight, rows = (gpu.array(np.ones(shape)) for shape in ((2, 3, 8, 8), (4, 3, 3, 3), (2, 3, 4)))
+        keep = gpu.array(np.ones((2, 3, 3), dtype=bool))
+        options = {"scale": 0.5, "softcap": 2.0, "sink": gpu.array(np.zeros(2)), "dropout_mask": keep, "dropout_p": 0.1}
+        assert gpu.owns(refimpl.conv(x, weight, stride=2))
+        assert gpu.owns(refimpl.scaled_dot_product_attention(rows, rows, rows, **options))
+        grads = refimpl.scaled_dot_product_attention_backward(rows, rows, rows, rows, **options)
+        assert [gpu.owns(grad) for grad in grads if grad is not None] == [True] * 4
+        assert gpu.owns(refimpl.multi_head_attention(rows, rows, rows, num_heads=2))
+
+
+def test_what_waits_for_a_gpu_is_found_out():
+    with a_gpu_that_nobody_waits_for() as gpu, pytest.raises(AssertionError, match="would wait"):
+        refimpl.conv(gpu.array(np.ones((1, 1, 4))), gpu.array(np.ones((1, 1, 3))), padding=1)
