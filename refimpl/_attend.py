@@ -15,8 +15,8 @@ from . import _masked, backend
 from ._pairs import Call, accumulate, added, apart, by_heads, hidden, take, transposed_sum, visible, weighted_sum
 from .backend import Array, Tile
 
-_MANY = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
-_MODEST = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
+_LONG_ROWS = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
+_MODEST_SCORE = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
 
 
 def attend(call: Call) -> tuple[Array, Array]:
@@ -174,11 +174,11 @@ def _lower(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, se
     Schwarz). What is taken from a row depends on nothing that the row does not see.
     """
     xp = backend.namespace(s)
-    saves = backend.at_hand(s) and min(s.shape[-2:]) >= _MANY
+    saves = backend.at_hand(s) and min(s.shape[-2:]) >= _LONG_ROWS
     modest: Array | bool = False
     if saves and not call.hides and sink is None:
         largest_norm = xp.max(_norms(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
-        modest = abs(call.scale) * _norms(take(call.query, tile)) * largest_norm <= _MODEST
+        modest = abs(call.scale) * _norms(take(call.query, tile)) * largest_norm <= _MODEST_SCORE
         if xp.all(modest):
             return 0.0
     largest = backend.row_largest(s)
@@ -187,7 +187,7 @@ def _lower(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, se
     if sees is not None:
         largest = xp.where(sees, largest, 0.0)
     if saves:
-        largest = xp.where(modest | (largest >= 0.0) & (largest <= _MODEST), 0.0, largest)
+        largest = xp.where(modest | (largest >= 0.0) & (largest <= _MODEST_SCORE), 0.0, largest)
         if not xp.any(largest):
             return 0.0
     s -= largest

@@ -17,11 +17,11 @@ from . import _masked, _windows, backend
 from ._geometry import Window, Windows
 from .backend import Array, Tile
 
-_MANY = 512  # windows, from which on it pays to multiply each line of taps by itself
-_FEW = 4  # times fewer channels that come out of a gradient than go in make it pay to multiply before adding back
-_SMALL = 1 << 17  # columns, up to which that also takes less time than to see to every phase
-_NEAR = 32  # elements, within which the taps of windows lie that share what a tile reads
-_ROWS = 32  # of a matrix, from which on a product is as fast as any
+_MANY_WINDOWS = 512  # from which on it pays to multiply each line of taps by itself
+_FEWER_CHANNELS = 4  # times fewer that come out of a gradient than go in make it pay to multiply before adding back
+_FEW_COLUMNS = 1 << 17  # up to which that also takes less time than to see to every phase
+_NEAR_TAPS = 32  # elements, within which the taps of windows lie that share what a tile reads
+_ENOUGH_ROWS = 32  # of a matrix, from which on a product is as fast as any
 
 Work = Callable[..., None]
 
@@ -48,7 +48,7 @@ def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[
     first = windows[0]
     rows = math.prod(weight.shape[1:]) // first.kernel  # not copied for each further tap; there, results are added
     shared = first.stride == 1 and 1 < first.extent <= first.out and rows >= 2 * weight.shape[0] // groups
-    shared = shared and math.prod(w.out for w in windows) >= _MANY
+    shared = shared and math.prod(w.out for w in windows) >= _MANY_WINDOWS
     if shared:
         line = first._replace(kernel=1, dilation=1, out=first.out + first.extent - 1)
         windows = (line, *windows[1:])
@@ -123,7 +123,7 @@ def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     xp = backend.namespace(dout)
     rows, planes = weight.shape[0] // groups, weight.shape[1]
     columns = dout.shape[0] * groups * math.prod(weight.shape[1:]) * math.prod(w.out for w in windows)
-    if planes * _FEW < rows or columns <= _SMALL:
+    if planes * _FEWER_CHANNELS < rows or columns <= _FEW_COLUMNS:
         return _add_back_dx(dout, weight, windows, groups, bias)
     phases = [list(window.phases()) for window in windows]
     reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))
@@ -177,7 +177,7 @@ def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     taps = weight_g.shape[3]
     plane_bytes = taps * math.prod(outs) * backend.itemsize(dout)
     channels = backend.tile_bytes(dout) // max(1, plane_bytes)
-    if channels >= planes or channels * taps >= _ROWS:
+    if channels >= planes or channels * taps >= _ENOUGH_ROWS:
         backend.run(of_channels, backend.tiles((batch, groups, planes), plane_bytes, dout), dout)
     else:
         backend.run(of_windows, _tiles(dx, weight, windows, windows), dout, collect)
@@ -230,7 +230,7 @@ def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
     Then there is nothing for a product of matrices to do, and less to gather: see `_windows.end_to_end`.
     """
     alone = weight.shape[0] == groups and weight.shape[1] == 1
-    return alone and all(w.stride == 1 and w.extent <= min(w.out, _NEAR) for w in windows)
+    return alone and all(w.stride == 1 and w.extent <= min(w.out, _NEAR_TAPS) for w in windows)
 
 
 def _correlation_of_planes(

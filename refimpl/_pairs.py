@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from . import _masked, backend
 from .backend import Array, Tile
 
-_MANY = 1 << 12  # pairs, of which it takes less time to see them in a line of distances than one by one
+_MANY_PAIRS = 1 << 12  # of which it takes less time to see them in a line of distances than one by one
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def hidden(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
     """
     xp = backend.namespace(call.query)
     rows, columns = backend.sizes_of((tile[-1], keys))
-    line = call.by_distance and backend.has_strides(call.query) and rows * columns >= _MANY
+    line = call.by_distance and backend.has_strides(call.query) and rows * columns >= _MANY_PAIRS
     if line:
         distance = backend.arange(keys.start - tile[-1].stop + 1, keys.stop - tile[-1].start, call.query)
         seen = xp.ones_like(distance, dtype=xp.bool)

@@ -11,8 +11,8 @@ from . import backend
 from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, within
 from .backend import Array, Tile
 
-_MANY, _SHORT = 16, 32  # taps from which on, and windows in a row below which, it pays to gather twice
-_WORTH = 1 << 12  # elements below which it never does
+# It pays to gather twice from so many taps on, or with fewer windows in a row than that, but not of so few elements.
+_MANY_TAPS, _SHORT_ROW, _FEW_ELEMENTS = 16, 32, 1 << 12
 
 
 def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
@@ -34,10 +34,10 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     """
     kernel, counts = tuple(window.kernel for window in windows), backend.sizes_of(outputs)
     around = spans(windows, outputs)
-    # Taps may lie far apart, and most of what is between them be padding.
+    # Unless taps lie so far apart that most of what is between them would be padding:
     if backend.has_strides(x) and math.prod(backend.sizes_of(around)) <= 4 * math.prod(kernel) * math.prod(counts):
         columns = _slid(_padded(x, lead, reach(windows, outputs), around), windows, counts)
-    else:  # what is meant
+    else:  # in plain words
         part = x[(*lead, ...)]
         columns = backend.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x)
         for k, reads, writes in taps(windows, outputs):
@@ -68,11 +68,11 @@ def _slid(x: Array, windows: Windows, counts: Sequence[int]) -> Array:
 
 def _pays_twice(x: Array, windows: Windows, counts: Sequence[int]) -> bool:
     """Return whether to gather along the last dimension first, which copies more at once, but one time more."""
-    if x.size < _WORTH:
+    if x.size < _FEW_ELEMENTS:
         return False
     others = math.prod(window.kernel for window in windows[:-1])
     read, written = math.prod(x.shape[-len(windows) : -1]), others * math.prod(counts[:-1])  # lines
-    many = others * windows[-1].kernel >= _MANY or counts[-1] < _SHORT
+    many = others * windows[-1].kernel >= _MANY_TAPS or counts[-1] < _SHORT_ROW
     return others > 1 and many and read < written
 
 
