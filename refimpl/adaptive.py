@@ -82,6 +82,10 @@ def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> A
     -----
     Every element takes its share of the gradient of each window that it lies in: `dout / elements of the window`.
 
+    References
+    ----------
+    Autograd of `torch.nn.functional.adaptive_avg_pool2d` (PyTorch 2) agrees.
+
     Examples
     --------
     >>> import numpy as np
@@ -172,6 +176,10 @@ def adaptive_max_pool_backward(
     Notes
     -----
     The whole gradient of a window goes to its first maximum.
+
+    References
+    ----------
+    Autograd of `torch.nn.functional.adaptive_max_pool2d` (PyTorch 2) agrees wherever the forwards do, ties included.
 
     Examples
     --------

@@ -287,6 +287,10 @@ def attention_weights(
     -----
     The p of `scaled_dot_product_attention`, whose output is `p @ value`. All of it is held at once, as the result.
 
+    References
+    ----------
+    Those of `scaled_dot_product_attention`.
+
     Examples
     --------
     >>> import numpy as np
@@ -349,6 +353,10 @@ def attention_weights_backward(
     Notes
     -----
     Those of `scaled_dot_product_attention_backward`, from `dp = dout` on.
+
+    References
+    ----------
+    Those of `scaled_dot_product_attention_backward`.
 
     Examples
     --------

@@ -149,6 +149,11 @@ def conv_backward(
     Where padding holds copies, they add their gradients to the elements that they are copies of. As for `conv`, numbers
     are read where windows reach beyond what they slide over, which for `dx` are the windows of the adjoint.
 
+    References
+    ----------
+    Dumoulin and Visin, arXiv:1603.07285, section 4: the gradient of `x` is a transposed convolution. Autograd of
+    PyTorch 2 agrees wherever the forwards do.
+
     Examples
     --------
     >>> import numpy as np
@@ -283,6 +288,10 @@ def conv_transpose_backward(
     its gradient exchanged:
 
         dx = weight @ gather(dout),   dweight = x @ gather(dout)^T,   dbias = dout summed
+
+    References
+    ----------
+    Dumoulin and Visin, arXiv:1603.07285, section 4. Autograd of PyTorch 2 agrees wherever the forwards do.
 
     Examples
     --------

@@ -110,6 +110,10 @@ def merge_attention_backward(
 
         douts = w * dout,    dl = w * (sum over features of dout * (outs - out) + dlogsumexp)
 
+    References
+    ----------
+    Those of `merge_attention`; the derivative of a softmax and of its logarithm.
+
     Examples
     --------
     >>> import numpy as np

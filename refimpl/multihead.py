@@ -218,6 +218,11 @@ def multi_head_attention_backward(
     and splitting into heads is undone by concatenating them. `bias_k` and `bias_v` take the gradients of the keys and
     values appended to every batch entry. The output of the heads is computed again.
 
+    References
+    ----------
+    Those of `multi_head_attention` and of `scaled_dot_product_attention_backward`. Autograd of PyTorch 2 agrees
+    wherever the forwards do.
+
     Examples
     --------
     >>> import numpy as np

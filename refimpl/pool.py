@@ -125,6 +125,10 @@ def max_pool_backward(
     The maximum is one element of the window, so the whole gradient of a window goes to that element:
     `dx[..., i] = sum of dout[..., o] over the windows o whose first maximum lies at i`.
 
+    References
+    ----------
+    Autograd of `torch.nn.functional.max_pool2d` (PyTorch 2) agrees wherever the forwards do, ties included.
+
     Examples
     --------
     >>> import numpy as np
@@ -238,6 +242,10 @@ def avg_pool_backward(
     -----
     Every element of a window has the weight `1 / divisor` in it, so it takes that share of the window's gradient:
     `dx[..., o * stride + k * dilation - low] += dout[..., o] / divisor[o]` for every o and k.
+
+    References
+    ----------
+    Autograd of `torch.nn.functional.avg_pool2d` (PyTorch 2) agrees wherever the forwards do.
 
     Examples
     --------
@@ -356,6 +364,11 @@ def lp_pool_backward(
     every window that it lies in
 
         dx += sign(x) * (|x| / out) ** (p - 1) * dout
+
+    References
+    ----------
+    Gulcehre et al., arXiv:1311.1780. Autograd of `torch.nn.functional.lp_pool2d` (PyTorch 2) agrees wherever the
+    forwards do and no norm is 0.
 
     Examples
     --------

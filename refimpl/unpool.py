@@ -119,6 +119,11 @@ def max_unpool_backward(
     -----
     `dx[..., i] = dout[..., indices[..., i]]` where i is the last with its index, and 0 where another overwrote it.
 
+    References
+    ----------
+    Autograd of `torch.nn.functional.max_unpool2d` (PyTorch 2) agrees where no two indices are equal; of
+    equal ones it gives the gradient to each.
+
     Examples
     --------
     >>> import numpy as np
