@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,6 +34,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
 }
 ALWAYS = ("refimpl", "ceiling")
 CEILINGS = ("ceiling", "ceiling-cupy")
+PAUSE_SECONDS = 0.2  # before a turn: threads of the one before spin on, those of OpenBLAS for a tenth of a second
 
 
 class Worker:
@@ -43,7 +45,12 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, threads: int) -> None:
-        """Set up the process."""
+        """Set up the process.
+
+        glibc maps every block anew, page by page, that is larger than the largest freed so far. Without a large one to
+        begin with, that is in the time of what comes first (PyTorch's depthwise convolution: 12 ms, 2 after others).
+        """
+        np.empty(31 << 20, dtype=np.uint8)
         cls.contestant, cls.calls = CONTESTANTS[name](threads), {}
 
     @classmethod
@@ -199,13 +206,14 @@ def compare(workload: Workload, asks: Asks, expected: Path) -> list[dict[str, An
 
 
 def take_turns(workload: Workload, records: list[dict[str, Any]], asks: Asks, rounds: int, budget: float) -> None:
-    """Add to each record the seconds that its contestant takes, a number for every round."""
+    """Add to each record the seconds that its contestant takes, a number for every round; between turns, all rest."""
     for name in {record["contestant"] for record in records}:
         asks[name](Worker.prepare, workload)
     for direction in DIRECTIONS:
         for _ in range(rounds):
             for record in records:
                 if record["direction"] == direction:
+                    time.sleep(PAUSE_SECONDS)
                     record["seconds"].append(asks[record["contestant"]](Worker.seconds, direction, budget))
 
 
