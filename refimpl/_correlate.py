@@ -117,13 +117,15 @@ def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
 
     Element `stride * m + phase` is reached by every `stride`-th tap at most, the later the earlier the window: each
-    phase is a convolution of `dout` with its taps in reverse order. That gathers J channels for I that come out; where
-    these are few, and where there is little to do, to multiply first and add back what comes out is less work.
+    phase is a convolution of `dout` with its taps in reverse order. That gathers J channels for I that come out, at
+    every element; where these are few, or windows fewer than elements, and where there is little to do, to multiply
+    first and add back what comes out is less work.
     """
     xp = backend.namespace(dout)
     rows, planes = weight.shape[0] // groups, weight.shape[1]
     columns = dout.shape[0] * groups * math.prod(weight.shape[1:]) * math.prod(w.out for w in windows)
-    if planes * _FEWER_CHANNELS < rows or columns <= _FEW_COLUMNS:
+    wide = 2 * math.prod(w.out for w in windows) < math.prod(-(-w.size // w.stride) for w in windows)
+    if wide or planes * _FEWER_CHANNELS < rows or columns <= _FEW_COLUMNS:
         return _add_back_dx(dout, weight, windows, groups, bias)
     phases = [list(window.phases()) for window in windows]
     reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))

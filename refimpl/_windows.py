@@ -33,10 +33,11 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     (..., T, *O)
     """
     kernel, counts = tuple(window.kernel for window in windows), backend.sizes_of(outputs)
-    around = spans(windows, outputs)
-    # Unless taps lie so far apart that most of what is between them would be padding:
-    if backend.has_strides(x) and math.prod(backend.sizes_of(around)) <= 4 * math.prod(kernel) * math.prod(counts):
-        columns = _slid(_padded(x, lead, reach(windows, outputs), around), windows, counts)
+    region, around = reach(windows, outputs), spans(windows, outputs)
+    # Unless taps lie so far apart that with padding most of a copy would lie between them:
+    worth = region == around or math.prod(backend.sizes_of(around)) <= 2 * math.prod(kernel) * math.prod(counts)
+    if backend.has_strides(x) and worth:
+        columns = _slid(_padded(x, lead, region, around), windows, counts)
     else:  # in plain words
         part = x[(*lead, ...)]
         columns = backend.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x)

@@ -41,6 +41,8 @@ _CPU_TILE, _GPU_TILE = 4 << 20, 256 << 20  # bytes: what a core's cache holds; w
 LEAST_LIGHT = 4 << 20
 """The bytes of a tile that does little with each of them: a smaller one is done before another thread wakes up."""
 _LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
+_SMALL_PRODUCT = 1_000_000  # multiplications, for which OpenBLAS has kernels that pack nothing
+_LONG_RUN = 512  # elements
 _AHEAD_BYTES = 64 << 20  # of results that wait for their turn
 _NOWHERE = contextlib.nullcontext()
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
@@ -389,11 +391,11 @@ def matmul(a: Array, b: Array) -> Array:
 def matmul_in_parts(a: Array, b: Array) -> Array:
     """Return `a @ b`; on a CPU a few rows of `a` at a time, where that keeps each product small.
 
-    OpenBLAS has kernels for products of at most a million multiplications, which pack nothing (128x128 @ 128x64,
-    float32: 86 GFLOP/s on a thread at once, and 109 in two parts).
+    OpenBLAS has kernels for small ones, which pack nothing (128x128 @ 128x64, float32: 86 GFLOP/s on a thread at once,
+    and 109 in two parts).
     """
     rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-    parts = -(-rows * inner * columns // 1_000_000)
+    parts = -(-rows * inner * columns // _SMALL_PRODUCT)
     if _namespace_of(a) is not np or not 1 < parts <= 4 or rows < 64:
         return a @ b
     out = np.empty((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), rows, columns), dtype=a.dtype)
@@ -432,8 +434,9 @@ def sums(array: Array, axis: int | tuple[int, ...], keepdims: bool) -> Array:
 def weighted_runs(rows: Array, weights: Array, steps: Sequence[int], length: int, real: Array | None = None) -> Array:
     """Return the sum of runs of the last dimension of `rows`, one for each weight, each times that weight.
 
-    On a CPU in one call, which adds to a sum that stays in the nearest cache, stores no product, and lets other threads
-    run all the while. (768 planes of 56x56, 9 weights each, one thread: 7.9 and 4.6 ms.)
+    On a CPU in one call, which stores no product and lets other threads run all the while (768 planes of 56x56, 9
+    weights each, one thread: 7.9 and 4.6 ms). Long runs of a line of weights one batch entry after the other, as
+    `einsum` copies to a buffer what it walks in more than three dimensions (8x8x2000, 31 weights: 1.2 and 0.5 ms).
 
     Parameters
     ----------
@@ -453,6 +456,8 @@ def weighted_runs(rows: Array, weights: Array, steps: Sequence[int], length: int
     """
     kernel = weights.shape[1:]
     if _namespace_of(rows) is np and real is None:
+        if rows.ndim > 2 and len(kernel) == 1 and length >= _LONG_RUN:
+            return np.stack([weighted_runs(part, weights, steps, length) for part in rows])
         lead, taps, run = range(rows.ndim - 1), range(rows.ndim, rows.ndim + len(kernel)), rows.ndim - 1
         given = (weights, [lead[-1], *taps], _runs(rows, kernel, steps, length), [*lead, *taps, run])
         return np.einsum(*given, [run, *reversed(lead)], order="F").T  # "F": walks along runs, then from plane to plane

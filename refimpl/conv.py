@@ -147,7 +147,7 @@ def conv_backward(
         dbias    = dout summed over everything but the channel
 
     Where padding holds copies, they add their gradients to the elements that they are copies of. As for `conv`, numbers
-    are read where windows reach beyond what they slide over, which for `dx` are the windows of the adjoint.
+    may be read to see whether all is finite, here without padding, too.
 
     References
     ----------
@@ -226,7 +226,7 @@ def conv_transpose(
 
         out[n, j, s * stride + k * dilation - low] += weight[i, j, k] * x[n, i, s]     for every n, i, j, s, k
 
-    As for `conv`, a number is read to see whether a NaN or inf of `weight` might meet the 0 beyond the border of `x`.
+    As for `conv`, a number may be read to see whether a NaN or inf of `weight` meets the 0 beyond the border of `x`.
 
     References
     ----------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import array_api_strict
 import numpy as np
@@ -290,6 +291,15 @@ def test_limits_nest_and_belong_to_their_context():
         assert pieces() == 2
         assert contextvars.Context().run(pieces) == 1
     assert pieces() == 1
+
+
+@pytest.mark.parametrize("rows", [64, 100, 129])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5])
+def test_a_product_in_parts_is_the_product(rows, parts):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 9, (2, rows, 7)).astype(float), rng.integers(-9, 9, (3, 1, 7, 5)).astype(float)
+    with mock.patch.object(be, "_SMALL_PRODUCT", rows * 35 // parts):
+        np.testing.assert_array_equal(be.matmul_in_parts(a, b), a @ b)
 
 
 def test_a_gpu_takes_few_tiles():

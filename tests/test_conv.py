@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from samples import normal, ramp
+from sizes import by_any_way
 
 import refimpl
 from refimpl import conv, conv_backward, conv_transpose, conv_transpose_backward
@@ -17,38 +18,48 @@ NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 each_mode = pytest.mark.parametrize("mode", NUMPY_MODES)
 
 
+@by_any_way
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 @given(data=st.data())
-def test_agrees_with_loops(op, data):
-    case = data.draw(strategies.EVERY_OP[op](values="integers"))
-    out = case.f(*case.arrays, **case.options)
-    dout = ramp(*out.shape)
-    expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
-    for actual, reference in zip((out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True):
-        np.testing.assert_array_equal(actual, reference)
+def test_agrees_with_loops(way, op, data):
+    with way():
+        case = data.draw(strategies.EVERY_OP[op](values="integers"))
+        out = case.f(*case.arrays, **case.options)
+        dout = ramp(*out.shape)
+        expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
+        for actual, reference in zip(
+            (out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True
+        ):
+            np.testing.assert_array_equal(actual, reference)
 
 
+@by_any_way
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 @given(data=st.data())
-def test_what_is_not_finite_agrees_with_loops(op, data):
-    case = data.draw(strategies.EVERY_OP[op](values="nonfinite"))
-    out = case.f(*case.arrays, **case.options)
-    dout = normal(*out.shape)
-    expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
-    for actual, reference in zip((out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True):
-        if reference is not None:
-            np.testing.assert_allclose(actual, reference, rtol=1e-11, atol=1e-12)
+def test_what_is_not_finite_agrees_with_loops(way, op, data):
+    with way():
+        case = data.draw(strategies.EVERY_OP[op](values="nonfinite"))
+        out = case.f(*case.arrays, **case.options)
+        dout = normal(*out.shape)
+        expected = getattr(oracles, op)(dout, *case.arrays, **case.options)
+        for actual, reference in zip(
+            (out, *case.f_backward(dout, *case.arrays, **case.options)), expected, strict=True
+        ):
+            if reference is not None:
+                np.testing.assert_allclose(actual, reference, rtol=1e-11, atol=1e-12)
 
 
+@by_any_way
 @pytest.mark.parametrize("op", ["conv", "conv_transpose"])
 @given(data=st.data())
-def test_gradients_are_adjoints(op, data):
-    case = data.draw(strategies.EVERY_OP[op](values="integers"))
-    x, weight, _ = case.arrays
-    out = case.f(x, weight, **case.options)
-    dout = ramp(*out.shape)
-    grads = case.f_backward(dout, x, weight, **case.options)
-    assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
+def test_gradients_are_adjoints(way, op, data):
+    with way():
+        case = data.draw(strategies.EVERY_OP[op](values="integers"))
+        x, weight, _ = case.arrays
+        out = case.f(x, weight, **case.options)
+        dout = ramp(*out.shape)
+        grads = case.f_backward(dout, x, weight, **case.options)
+        assert np.sum(out * dout) == np.sum(x * grads.dx) == np.sum(weight * grads.dweight)
 
 
 @pytest.mark.parametrize("padding", [0, 1, ((2, 0),), "valid", "same", "same_lower"])
@@ -144,27 +155,44 @@ def test_cropping_never_meets_what_is_not_finite(value):
     assert np.isfinite(grads.dweight).tolist() == [[[True, False, False]]]
 
 
+@by_any_way
 @given(case=st.one_of(strategies.conv(), strategies.conv_transpose()), seed=st.integers(0, 1000))
-def test_what_is_not_finite_changes_no_bit_elsewhere(case, seed):
+def test_what_is_not_finite_changes_no_bit_elsewhere(way, case, seed):
     """Poison one weight: outputs, gradients of x and taps that do not depend on it keep their bits."""
-    x, weight, bias = case.arrays
-    rng = np.random.default_rng(seed)
-    at = tuple(rng.integers(n) for n in weight.shape)
-    clean = case.f(x, weight, bias, **case.options)
-    unit = np.zeros(weight.shape)
-    unit[at] = 1.0
-    depends = case.f(np.ones(x.shape), unit, None, **case.options) > 0
-    poisoned = weight.copy()
-    poisoned[at] = rng.choice([np.nan, np.inf])
-    out = case.f(x, poisoned, bias, **case.options)
-    assert not np.isfinite(out[depends]).any()
-    assert out[~depends].tobytes() == clean[~depends].tobytes()
-    dout = rng.normal(size=out.shape)
-    clean_dx = case.f_backward(dout, x, weight, bias, **case.options)[0]
-    dx = case.f_backward(dout, x, poisoned, bias, **case.options)[0]
-    depends = case.f_backward(np.ones(out.shape), x, unit, None, **case.options)[0] > 0
-    assert not np.isfinite(dx[depends]).any()
-    assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
+    with way():
+        x, weight, bias = case.arrays
+        rng = np.random.default_rng(seed)
+        at = tuple(rng.integers(n) for n in weight.shape)
+        clean = case.f(x, weight, bias, **case.options)
+        unit = np.zeros(weight.shape)
+        unit[at] = 1.0
+        depends = case.f(np.ones(x.shape), unit, None, **case.options) > 0
+        poisoned = weight.copy()
+        poisoned[at] = rng.choice([np.nan, np.inf])
+        out = case.f(x, poisoned, bias, **case.options)
+        assert not np.isfinite(out[depends]).any()
+        assert out[~depends].tobytes() == clean[~depends].tobytes()
+        dout = rng.normal(size=out.shape)
+        clean_dx = case.f_backward(dout, x, weight, bias, **case.options)[0]
+        dx = case.f_backward(dout, x, poisoned, bias, **case.options)[0]
+        depends = case.f_backward(np.ones(out.shape), x, unit, None, **case.options)[0] > 0
+        assert not np.isfinite(dx[depends]).any()
+        assert dx[~depends].tobytes() == clean_dx[~depends].tobytes()
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 9), (30,)])
+def test_a_nan_in_one_plane_of_weights_changes_no_bit_beside_it(sizes):
+    """Each channel by itself: NumPy's einsum rounds otherwise than a loop over the taps."""
+    x, weight = normal(1, 2, *sizes), normal(2, 1, *(3 for _ in sizes))
+    options = {"padding": 2, "groups": 2}
+    clean = conv(x, weight, **options)
+    for at in np.ndindex(weight.shape):
+        unit, poisoned = np.zeros(weight.shape), weight.copy()
+        unit[at], poisoned[at] = 1.0, np.nan
+        depends = conv(np.ones(x.shape), unit, **options) > 0
+        out = conv(x, poisoned, **options)
+        assert np.isnan(out[depends]).all()
+        assert out[~depends].tobytes() == clean[~depends].tobytes()
 
 
 def test_tiles_that_read_nothing_but_padding(backend):

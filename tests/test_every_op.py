@@ -7,6 +7,7 @@ import pytest
 from backends import a_gpu_that_nobody_waits_for
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import as_if_large
 
 import refimpl
 from refimpl.testing import check_gradients
@@ -95,6 +96,18 @@ def test_small_tiles_change_nothing_but_rounding(op, data):
     case = data.draw(EVERY_OP[op]())
     expected = numbers(both(case))
     with refimpl.backend.limits(tile_bytes=data.draw(st.integers(1, 2000))):
+        results = numbers(both(case))
+    for actual, reference in zip(results, expected, strict=True):
+        if reference is not None:
+            np.testing.assert_allclose(actual, reference, rtol=1e-12, atol=1e-12)
+
+
+@each_op
+@given(data=st.data())
+def test_the_ways_of_large_arrays_change_nothing_but_rounding(op, data):
+    case = data.draw(EVERY_OP[op]())
+    expected = numbers(both(case))
+    with as_if_large():
         results = numbers(both(case))
     for actual, reference in zip(results, expected, strict=True):
         if reference is not None:

@@ -1,0 +1,29 @@
+"""Small arrays the way of large ones: what is chosen by size, chosen as for large ones."""
+
+import contextlib
+import sys
+from unittest import mock
+
+import pytest
+
+import refimpl
+
+THRESHOLDS = {
+    "_correlate": {"_FEW_COLUMNS": 0, "_FEWER_CHANNELS": 1 << 30, "_MANY_WINDOWS": 1},
+    "_windows": {"_FEW_ELEMENTS": 0, "_MANY_TAPS": 2},
+    "_pairs": {"_MANY_PAIRS": 0},
+    "_attend": {"_LONG_ROWS": 1},
+    "backend": {"_LONG_RUN": 1},
+}
+
+
+@contextlib.contextmanager
+def as_if_large():
+    """Let small arrays take the ways of large ones."""
+    with contextlib.ExitStack() as stack:
+        for module, values in THRESHOLDS.items():
+            stack.enter_context(mock.patch.multiple(sys.modules[f"{refimpl.__name__}.{module}"], **values))
+        yield
+
+
+by_any_way = pytest.mark.parametrize("way", [contextlib.nullcontext, as_if_large], ids=["as-it-is", "as-if-large"])
