@@ -246,12 +246,13 @@ def _correlation_of_planes(
 
     def work(n: slice, c: slice, *o: slice) -> None:
         rows, steps, shape = _windows.end_to_end(x, (n, c), windows, o)
-        total = backend.weighted_runs(rows, plain[c, ...], steps, math.prod(shape))
+        length = math.prod(shape)
+        total = backend.weighted_runs(rows, plain[c, ...], steps, length)
         if meets_padding:  # what no NaN or inf reaches keeps its bits
             real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
             special = xp.astype(~xp.isfinite(weights[c, ...]), x.dtype)
-            reached = backend.weighted_runs(xp.astype(real, x.dtype), special, steps, math.prod(shape)) > 0
-            of_real = backend.weighted_runs(rows, weights[c, ...], steps, math.prod(shape), real)
+            reached = backend.weighted_runs(xp.astype(real, x.dtype), special, steps, length) > 0
+            of_real = backend.weighted_runs(rows, weights[c, ...], steps, length, real)
             total = xp.where(reached, of_real, total)
         if addend is not None:
             total += addend[c, :]

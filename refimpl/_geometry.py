@@ -64,8 +64,8 @@ class Window(NamedTuple):
     def reach(self, start: int, stop: int) -> slice:
         """Return the range of elements that the windows in `[start, stop)` read from."""
         span = self.span(start, stop)
-        within = span.start < self.size and span.stop > 0
-        return slice(max(0, span.start), min(self.size, span.stop)) if within else slice(0, 0)
+        any_read = span.start < self.size and span.stop > 0
+        return slice(max(0, span.start), min(self.size, span.stop)) if any_read else slice(0, 0)
 
     def tap(self, k: int, start: int, stop: int) -> tuple[slice, slice] | None:
         """Return the elements that tap `k` reads for the outputs in `[start, stop)`, and for which of these outputs.

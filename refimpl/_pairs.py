@@ -221,16 +221,13 @@ def hidden(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
     xp = backend.namespace(call.query)
     rows, columns = backend.sizes_of((tile[-1], keys))
     line = call.by_distance and backend.has_strides(call.query) and rows * columns >= _MANY_PAIRS
-    if line:
-        distance = backend.arange(keys.start - tile[-1].stop + 1, keys.stop - tile[-1].start, call.query)
-        seen = xp.ones_like(distance, dtype=xp.bool)
-        for side, compare in ((call.first, operator.ge), (call.last, operator.le)):
-            seen = seen if side is None else seen & compare(distance, side)
-    else:
-        seen = visible(call, tile, keys)
+    if line:  # the first row, with what lies as far before its keys as the keys of the last row do
+        tile = (*tile[:-1], slice(tile[-1].start, tile[-1].start + 1))
+        keys = slice(keys.start - rows + 1, keys.stop)
+    seen = visible(call, tile, keys)
     found = 1.0 - 1.0 / xp.astype(seen, call.query.dtype), seen
     if line:
-        found = tuple(backend.unfolded(array, [(0, rows, 1), (0, columns, 1)])[::-1, :] for array in found)
+        found = tuple(backend.unfolded(array, [(1, rows, 1), (1, columns, 1)])[::-1, :] for array in found)
     return found
 
 

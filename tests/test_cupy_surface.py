@@ -5,7 +5,7 @@ import operator
 import os
 
 import pytest
-from backends import GUISE, GuisedBackend, patched_waits
+from backends import GUARDED_NAMESPACE, GUISE, GuardedBackend, GuisedBackend, patched_waits
 from hypothesis import given, settings
 
 from refimpl.testing.strategies import EVERY_OP
@@ -20,10 +20,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def recorded_calls():
-    """Run every op over many cases on what passes for CuPy; returns `{(function, arguments, keywords)}`."""
-    backend = GuisedBackend()
-    GUISE.calls.clear()
+def recorded_calls(backend, namespace):
+    """Run every op over many cases on a recording namespace; returns `{(function, arguments, keywords)}`."""
+    namespace.calls.clear()
 
     for strategy in EVERY_OP.values():
 
@@ -36,12 +35,12 @@ def recorded_calls():
 
         with patched_waits(), backend.installed():
             run()
-    return set(GUISE.calls)
+    return set(namespace.calls)
 
 
 @pytest.fixture(scope="module")
 def calls():
-    return recorded_calls()
+    return recorded_calls(GuisedBackend(), GUISE)
 
 
 def test_the_record_is_one(calls):
@@ -67,6 +66,13 @@ def test_cupy_takes_the_arguments(calls):
             assert set(keywords) <= {"out", "dtype", "casting"}, name
         else:
             inspect.signature(function).bind(*[None] * count, **dict.fromkeys(keywords))
+
+
+def test_device_is_only_given_where_arrays_are_made():
+    calls = recorded_calls(GuardedBackend(), GUARDED_NAMESPACE)
+    makers = {name for name, _, keywords in calls if "device" in keywords}
+    assert "zeros" in makers
+    assert makers <= {"zeros", "full", "empty", "arange", "asarray"}
 
 
 @pytest.mark.parametrize("wrong", [("unstack", 1, ()), ("sum", 1, ("where",)), ("where", 5, ())])
