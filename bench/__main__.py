@@ -9,6 +9,7 @@ threads (`copyto` uses one).
 """
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import report
-from bench.runner import ALWAYS, CEILINGS, CONTESTANTS, run
+from bench.runner import ALWAYS, CEILINGS, CONTESTANTS, PAUSE_SECONDS, run
 from bench.workloads import LADDERS, QUICK, WORKLOADS
 
 
@@ -36,7 +37,8 @@ def arguments(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=cores, help=f"for every contestant ({cores})")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contestant gets its turn (5)")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds a turn should take (0.2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures")
+    parser.add_argument("--pause", type=float, default=PAUSE_SECONDS, help=f"seconds before a turn ({PAUSE_SECONDS})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures, after each workload those so far")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="time growing sizes, too, and save pictures")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the ratios to an older run")
     parser.add_argument("--show", type=Path, metavar="RUN.json", help="time nothing: show this run")
@@ -62,7 +64,15 @@ def measured(args: argparse.Namespace) -> report.Run:
         def tell(text: str, done: int, total: int) -> None:
             progress.update(task, description=text, completed=done, total=total)
 
-        return run(workloads, names, threads=args.threads, rounds=rounds, budget=budget, tell=tell)
+        settings = {"threads": args.threads, "rounds": rounds, "budget": budget, "pause": args.pause}
+        return run(workloads, names, **settings, tell=tell, keep=functools.partial(save, args.json))
+
+
+def save(path: Path | None, result: report.Run) -> None:
+    """Save a run, or what is known of it so far, if a file is asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -82,9 +92,7 @@ def main() -> None:
     console.print({key: result[key] for key in ("date", "machine", "settings", "contestants")})
     for error in report.errors(result):
         console.print(error, style="red", markup=False)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.json, result)
     if args.plot:
         from bench import plots
 

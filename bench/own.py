@@ -19,7 +19,11 @@ from bench.workloads import DIRECTIONS, Workload
 class Refimpl(Contestant):
     """refimpl on NumPy."""
 
-    packages = ("refimpl", "numpy")
+    def describe(self) -> dict[str, str]:
+        """Return the versions; refimpl's own is known without its being installed."""
+        import refimpl
+
+        return {"refimpl": refimpl.__version__} | super().describe()
 
     def asarray(self, array: np.ndarray) -> Any:
         """Return the array on this backend."""

@@ -21,13 +21,14 @@ class Torch(Contestant):
 
     packages = ("torch",)
     torch_device = "cpu"
+    tf32 = False
 
     def calls(self, workload: Workload) -> Calls:
         """Return what to time."""
         import torch
 
         torch.set_num_threads(self.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         f, leaves = self._function(workload)
         with torch.enable_grad():
             out = f(*leaves)
@@ -93,6 +94,12 @@ class TorchCuda(Torch):
     def extra_memory(self, call: Callable[[], Any]) -> int:
         """Return the bytes a call needs beyond its inputs and outputs."""
         return measure.torch_cuda_extra_memory(call, nbytes)
+
+
+class TorchCudaTF32(TorchCuda):
+    """PyTorch on a GPU with TF32: float32 operands of products are rounded to 11 bits."""
+
+    tf32 = True
 
 
 class Jax(Contestant):

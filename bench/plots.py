@@ -26,6 +26,8 @@ def draw(run: report.Run, folder: Path) -> Iterator[Path]:
             yield _save(bars(run, side), folder / f"ratios-{side.device.lower()}.png")
     if any(record["ladder"] and record["seconds"] for record in run["results"]):
         yield _save(growth(run), folder / "growth.png")
+    if report.crossings(run):
+        yield _save(crossings(run), folder / "crossings.png")
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -68,7 +70,7 @@ def growth(run: report.Run) -> Any:
     """Draw time against size on log axes, with the slope fitted to the largest sizes."""
     ladders = list(dict.fromkeys(workload.ladder for workload in LADDERS))
     shape = (len(ladders), len(DIRECTIONS))
-    figure, axes = pyplot.subplots(*shape, figsize=(12, 9), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(*shape, figsize=(12, 4.5 * len(ladders)), layout="constrained", squeeze=False)
     for row, ladder in zip(axes, ladders, strict=True):
         for axis, direction in zip(row, DIRECTIONS, strict=True):
             for i, name in enumerate(run["contestants"]):
@@ -88,6 +90,40 @@ def growth(run: report.Run) -> Any:
                 axis.legend(
                     fontsize="small", title=f"slope over the largest {SLOPE_OVER} sizes", title_fontsize="small"
                 )
+    return figure
+
+
+def crossings(run: report.Run) -> Any:
+    """Draw how many times as fast as NumPy everyone on the GPU is, against size, and mark where CuPy overtakes it."""
+    found = report.crossings(run)
+    figure, axes = pyplot.subplots(
+        len(found), len(DIRECTIONS), figsize=(12, 1 + 3.6 * len(found)), layout="constrained", squeeze=False
+    )
+    numpy = report.records(run, "refimpl", ladders=True)
+    names = [
+        name for name in ("refimpl-cupy", "torch-cuda", "torch-cuda-tf32") if report.records(run, name, ladders=True)
+    ]
+    for row, (ladder, by_direction) in zip(axes, found.items(), strict=True):
+        for axis, direction in zip(row, DIRECTIONS, strict=True):
+            for i, name in enumerate(names):
+                ratios = report.ratios(numpy, report.records(run, name, ladders=True))
+                here = (key for key in ratios if (numpy[key]["ladder"], key[1]) == (ladder, direction))
+                if steps := [(numpy[key]["size"], ratios[key]) for key in here]:
+                    axis.plot(*zip(*sorted(steps), strict=True), marker="o", color=f"C{i}", label=name)
+            axis.axhline(1, color="black", linewidth=1)
+            if size := by_direction.get(direction):
+                axis.axvline(size, color="C0", linestyle=":", label=f"the GPU wins from {size:.0f} on")
+            axis.set(xscale="log", yscale="log", title=direction, xlabel=ladder, ylabel="times as fast as NumPy")
+            axis.set_xticks([work.size for work in LADDERS if work.ladder == ladder])
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
+            for either in (axis.xaxis, axis.yaxis):
+                either.set_major_formatter("{x:g}")
+            axis.grid(which="both", alpha=0.3)
+            axis.legend(fontsize="small")
+    gpu, cpu = run["contestants"]["refimpl-cupy"]["device"], run["machine"]["cpu"]
+    figure.suptitle(f"{gpu} against {cpu}, {run['settings']['threads']} threads, float32", fontsize="medium")
     return figure
 
 

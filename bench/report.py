@@ -1,5 +1,6 @@
 """What the figures say: medians, ratios, geometric means; as tables."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class Side(NamedTuple):
 
 SIDES = (
     Side("CPU", "refimpl", "ceiling", ("torch", "jax", "onnxruntime", "textbook")),
-    Side("GPU", "refimpl-cupy", "ceiling-cupy", ("torch-cuda", "refimpl")),
+    Side("GPU", "refimpl-cupy", "ceiling-cupy", ("torch-cuda", "torch-cuda-tf32", "refimpl")),
 )
 
 
@@ -73,6 +74,36 @@ def summary(run: Run) -> dict[str, dict[str, float]]:
         for other in (*side.peers, side.ceiling):
             found[f"{side.base} / {other}"] = geometric_means(ratios(base, records(run, other)))
     return found
+
+
+def crossings(run: Run) -> dict[str, dict[str, float | None]]:
+    """Return, for each ladder and direction, the size from which on CuPy is faster than NumPy; None if at no size.
+
+    Between two sizes the times are taken to follow powers of the size, as lines on log axes do.
+    """
+    numpy, cupy = records(run, "refimpl", ladders=True), records(run, "refimpl-cupy", ladders=True)
+    found: dict[str, dict[str, float | None]] = {}
+    for ladder in dict.fromkeys(record["ladder"] for record in cupy.values()):
+        for direction in DIRECTIONS:
+            steps = sorted(
+                (math.log(record["size"]), math.log(median(cupy[key]) / median(numpy[key])))
+                for key, record in numpy.items()
+                if key in cupy and (record["ladder"], key[1]) == (ladder, direction)
+            )
+            if steps:
+                found.setdefault(ladder, {})[direction] = _crossing(steps)
+    return found
+
+
+def _crossing(steps: list[tuple[float, float]]) -> float | None:
+    """Return where the log of a ratio falls below 0 for good: `(log of the size, log of the ratio)`, by size."""
+    behind = [i for i, (_, ratio) in enumerate(steps) if ratio >= 0]
+    if not behind:
+        return math.exp(steps[0][0])
+    if behind[-1] == len(steps) - 1:
+        return None
+    (x, high), (x_next, low) = steps[behind[-1] : behind[-1] + 2]
+    return math.exp(x + (x_next - x) * high / (high - low))
 
 
 def tables(run: Run) -> Iterator[Table]:

@@ -142,14 +142,23 @@ WORKLOADS = (
     ),
 )
 QUICK = ("conv LeNet k5, 1x1x28x28 -> 16", "avg_pool 2/2, 8x64x56x56", "attention 8x8x128x64")
-LADDERS = tuple(
-    _attention(f"attention 1x8xLx64, L = {length}", (1, 8, length, 64), (1, 8, length, 64))._replace(
-        ladder="attention 1x8xLx64: length L", size=length
+LADDERS = (
+    tuple(
+        _attention(f"attention 1x8xLx64, L = {length}", (1, 8, length, 64), (1, 8, length, 64))._replace(
+            ladder="attention 1x8xLx64: length L", size=length
+        )
+        for length in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     )
-    for length in (128, 256, 512, 1024, 2048, 4096)
-) + tuple(
-    _conv(f"conv 3x3, 1x64xSxS -> 64, S = {size}", (1, 64, size, size), (64, 64, 3, 3), padding=1)._replace(
-        ladder="conv 3x3, 1x64xSxS -> 64: image size S", size=size
+    + tuple(
+        _conv(f"conv 3x3, 1x64xSxS -> 64, S = {size}", (1, 64, size, size), (64, 64, 3, 3), padding=1)._replace(
+            ladder="conv 3x3, 1x64xSxS -> 64: image size S", size=size
+        )
+        for size in (4, 8, 16, 32, 64, 128, 256)
     )
-    for size in (16, 32, 64, 128, 256)
+    + tuple(
+        Workload(
+            f"avg_pool 2/2, 1x64xSxS, S = {size}", "avg_pool", ((1, 64, size, size),), {"kernel_size": 2}
+        )._replace(ladder="avg_pool 2/2, 1x64xSxS: image size S", size=size)
+        for size in (16, 32, 64, 128, 256)
+    )
 )

@@ -1,0 +1,1 @@
+"""The parts of `.ci/gpu`: what a run on a GPU finds out beside the tests, the speed comparison and the examples."""
