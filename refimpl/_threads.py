@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import os
 import threading
 import weakref
@@ -173,7 +174,9 @@ class _OneBlasThread:
             with self._lock:
                 self._inside.add(call)
                 if self._before is None:
-                    self._before = [library.num_threads for library in _blas_libraries()]
+                    # Not a comprehension: Python 3.12 and newer make it part of this function (PEP 709), and where
+                    # an exception comes up in between, may leave without releasing the lock.
+                    self._before = list(map(operator.attrgetter("num_threads"), _blas_libraries()))
                     self._set([1] * len(self._before))
             yield
         finally:

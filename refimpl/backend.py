@@ -43,6 +43,7 @@ LEAST_LIGHT = 4 << 20
 _LEAST_TILE, _LEAST_TILES = 2 << 20, 8  # bytes below which, and number from which on, smaller tiles gain nothing
 _SMALL_PRODUCT = 1_000_000  # multiplications, for which OpenBLAS has kernels that pack nothing
 _LONG_RUN = 512  # elements
+_PIECE = 1 << 24  # elements of a sum of squares on a GPU
 _AHEAD_BYTES = 64 << 20  # of results that wait for their turn
 _NOWHERE = contextlib.nullcontext()
 _LIMITS = ContextVar("refimpl.limits", default=_DEFAULTS)
@@ -361,10 +362,13 @@ def select(condition: Array, array: Array) -> Array:
 def sum_of_squares(array: Array) -> float:
     """Return the sum of squares, NaN or inf if an element is or if it overflows. Waits for the device.
 
-    As a product of vectors: it needs no memory, and runs at the speed of reading.
+    As a product of vectors, at the speed of reading; in pieces, as CuPy makes a copy of what it multiplies with itself.
     """
     row = namespace(array).reshape(array, (-1,))
-    return float(row @ row)
+    if not _is_cupy(namespace(array)):
+        return float(row @ row)
+    pieces = (row[i : i + _PIECE] for i in range(0, row.shape[0], _PIECE))
+    return sum((float(piece @ piece) for piece in pieces), 0.0)
 
 
 def exp(array: Array) -> Array:

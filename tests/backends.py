@@ -16,6 +16,8 @@ class Backend:
     """Plain NumPy."""
 
     name = "numpy"
+    flushes_subnormals = False
+    """Whether numbers of float32 and bfloat16 below the smallest normal one count as 0."""
 
     def installed(self):
         """Return a context in which refimpl knows this backend."""
@@ -78,6 +80,7 @@ class CupyBackend(Backend):
     """CuPy, where a device answers."""
 
     name = "cupy"
+    flushes_subnormals = True  # CuPy compiles its kernels with -ftz=true
 
     def array(self, array):
         import cupy
@@ -88,6 +91,28 @@ class CupyBackend(Backend):
         import cupy
 
         return type(array) is cupy.ndarray
+
+
+class CupyViewsBackend(CupyBackend):
+    """CuPy arrays that are views: reversed with gaps, transposed, or beginning beside an aligned address."""
+
+    name = "cupy-views"
+
+    def array(self, array):
+        import cupy
+
+        array = np.array(array)
+        shape, kind = array.shape, array.size % 3
+        if kind == 0:
+            view = cupy.asarray(np.full([2 * n for n in shape], 99, dtype=array.dtype))[
+                (..., *(slice(None, None, -2),) * array.ndim)
+            ]
+        elif kind == 1:
+            view = cupy.asarray(np.zeros(shape[::-1], dtype=array.dtype)).T
+        else:
+            view = cupy.asarray(np.zeros(array.size + 1, dtype=array.dtype))[1:].reshape(shape)
+        view[...] = cupy.asarray(array)
+        return view
 
 
 def _waits(name):
@@ -259,4 +284,5 @@ BACKENDS = [
     GuardedBackend(),
     GuisedBackend(),
     CupyBackend(),
+    CupyViewsBackend(),
 ]

@@ -1,5 +1,6 @@
 """The backends that every test of an op runs over, and the Hypothesis profiles."""
 
+import contextlib
 import os
 
 import hypothesis
@@ -13,6 +14,17 @@ hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, p
 hypothesis.settings.load_profile(os.environ.get("REFIMPL_PROFILE", "default"))
 
 
+collect_ignore = ["standins"]  # to import CuPy's stand-in is to put it in CuPy's place
+
+
+def pytest_collection_modifyitems(items):
+    """Count tests that are fast on NumPy alone as slow on every other backend."""
+    for item in items:
+        chosen = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if chosen is not None and chosen.name != "numpy" and item.get_closest_marker("slow_but_on_numpy"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request):
     """One way after the other of holding arrays; see `backends.py`."""
@@ -21,5 +33,15 @@ def backend(request):
         if os.environ.get("REFIMPL_REQUIRE_GPU") == "1":
             pytest.fail("REFIMPL_REQUIRE_GPU=1, but no device answers to CuPy")
         pytest.skip("no device answers to CuPy")
-    with patched_waits(), chosen.installed():
-        yield chosen
+    return chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Let refimpl know the backend while the test runs, and no longer: other tests may share the process."""
+    chosen = getattr(item, "funcargs", {}).get("backend")
+    with contextlib.ExitStack() as stack:
+        if chosen is not None:
+            stack.enter_context(patched_waits())
+            stack.enter_context(chosen.installed())
+        return (yield)

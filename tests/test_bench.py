@@ -117,6 +117,7 @@ def test_the_workloads_are_those_of_the_targets():
     assert set(QUICK) <= {workload.name for workload in WORKLOADS}
 
 
+@pytest.mark.slow
 def test_a_run_of_everyone_who_is_here():
     workloads = [TINY[0], TINY[6], TINY[8]]
     result = json.loads(json.dumps(run(workloads, list(CONTESTANTS), threads=1, rounds=2, budget=1e-4)))
@@ -230,6 +231,7 @@ def test_pictures(made_up, tmp_path):
     assert plots.slope([1, 2, 4, 8, 16], [100, 4, 16, 64, 256]) == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_a_quick_run_from_the_command_line_and_again_from_what_it_saved(tmp_path):
     saved = tmp_path / "results" / "run.json"
     command = [sys.executable, "-m", "bench"]

@@ -61,7 +61,7 @@ NO_FLOATING = [
 ]
 NO_INT = [
     (1.5, TypeError, "int"),
-    (np.timedelta64(3), TypeError, "int"),
+    (np.timedelta64(3, "s"), TypeError, "int"),
     ("1", TypeError, "int"),
     (True, TypeError, "int"),
     (None, TypeError, "int"),
@@ -213,7 +213,7 @@ WRONG = [
     (ATTENTION, "scale", np.ones(()), TypeError, "number"),
     (ATTENTION, "scale", True, TypeError, "number"),
     (ATTENTION, "scale", np.timedelta64(1, "s"), TypeError, "number"),
-    (ATTENTION, "query_offset", np.timedelta64(1), TypeError, "integer array"),
+    (ATTENTION, "query_offset", np.timedelta64(1, "s"), TypeError, "integer array"),
     *((ATTENTION, "dropout_mask", *case) for case in NO_ARRAY),
     (ATTENTION, "dropout_mask", np.ones((3, 5)), TypeError, "dtype bool"),
     (ATTENTION, "dropout_mask", np.ones((3, 4), dtype=bool), ValueError, "weights"),

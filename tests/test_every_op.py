@@ -57,6 +57,7 @@ def same(left, right):
     )
 
 
+@pytest.mark.slow_but_on_numpy
 @each_op
 @given(data=st.data())
 def test_gradient_is_the_derivative(backend, op, data):

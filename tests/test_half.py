@@ -306,6 +306,9 @@ def test_maxima_are_exact(holder, half, f):
     size = 5 if f is refimpl.max_pool else 900
     with np.errstate(invalid="ignore"):
         wide = x.astype(np.float32)
+        if holder.flushes_subnormals:  # those of float16 are normal numbers of float32
+            x = np.where(np.abs(wide) < np.finfo(np.float32).tiny, np.zeros((), half), x)
+            wide = x.astype(np.float32)
     out, indices = f(holder.array(x), size, return_indices=True)
     expected, due = f(wide, size, return_indices=True)
     out = fetched(out)
