@@ -5,7 +5,8 @@
 
 from collections.abc import Sequence
 
-from . import _checks, _pooling, backend
+from . import _checks, backend
+from ._engine import pooling
 from .backend import Array
 
 __all__ = ["adaptive_avg_pool", "adaptive_avg_pool_backward", "adaptive_max_pool", "adaptive_max_pool_backward"]
@@ -53,8 +54,9 @@ def adaptive_avg_pool(x: Array, output_size: Outputs) -> Array:
     array([[[2.        , 5.33333333]]])
     """
     windows = _checks.adaptive("adaptive_avg_pool", {"x": x}, output_size)
-    (wide,) = backend.widened(x)
-    return backend.rounded(_pooling.mean(wide, windows, _pooling.divider(wide, windows)), like=x)
+    be = backend.of(x)
+    (wide,) = be.widened(x)
+    return be.rounded(pooling.mean(be, wide, windows, pooling.divider(be, wide, windows)), like=x)
 
 
 @backend.op
@@ -93,8 +95,9 @@ def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> A
     array([[[2., 5., 3.]]])
     """
     windows = _checks.adaptive("adaptive_avg_pool_backward", {"x": x, "dout": dout}, output_size)
-    dout, wide = backend.widened(dout, x)
-    return backend.rounded(_pooling.mean_backward(dout, wide, windows, _pooling.divider(wide, windows)), like=x)
+    be = backend.of(x)
+    dout, wide = be.widened(dout, x)
+    return be.rounded(pooling.mean_backward(be, dout, wide, windows, pooling.divider(be, wide, windows)), like=x)
 
 
 @backend.op
@@ -142,9 +145,10 @@ def adaptive_max_pool(x: Array, output_size: Outputs, *, return_indices: bool = 
     """
     windows = _checks.adaptive("adaptive_max_pool", {"x": x}, output_size, integers=True)
     _checks.flag("adaptive_max_pool", "return_indices", return_indices)
-    (wide,) = backend.widened(x)
-    out, indices = _pooling.largest(wide, windows, return_indices)
-    out = backend.rounded(out, like=x)
+    be = backend.of(x)
+    (wide,) = be.widened(x)
+    out, indices = pooling.largest(be, wide, windows, return_indices)
+    out = be.rounded(out, like=x)
     return (out, indices) if return_indices else out
 
 
@@ -191,5 +195,6 @@ def adaptive_max_pool_backward(
     windows = _checks.adaptive(name, {"x": x, "dout": dout}, output_size)
     _checks.flag(name, "return_indices", return_indices)
     _checks.pool_indices(name, indices, dout)
-    dout, wide = backend.widened(dout, x)
-    return backend.rounded(_pooling.largest_backward(dout, wide, windows, indices), like=x)
+    be = backend.of(x)
+    dout, wide = be.widened(dout, x)
+    return be.rounded(pooling.largest_backward(be, dout, wide, windows, indices), like=x)

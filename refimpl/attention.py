@@ -6,9 +6,9 @@ H heads (Hq of the queries, Hkv of keys and values); L length; E features.
 from typing import Any, NamedTuple
 
 from . import _checks, backend
-from ._attend import attend, attend_backward, weigh
-from ._pairs import Call, as_given, prepare
-from .backend import Array
+from ._engine.softmax import attend, attend_backward, attention_probabilities
+from ._engine.visibility import AttentionCall, as_given, prepare
+from .backend import Array, Backend
 
 __all__ = [
     "AttentionGrads",
@@ -150,9 +150,10 @@ def scaled_dot_product_attention(
         "dropout_mask": dropout_mask, "dropout_p": dropout_p,
     }  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
-    call = _checked(name, {"query": query, "key": key, "value": value}, options)
+    be = backend.of(query)
+    call = _checked(be, name, {"query": query, "key": key, "value": value}, options)
     out, logsumexp = attend(call)
-    out = backend.rounded(out, like=query)
+    out = be.rounded(out, like=query)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -236,10 +237,11 @@ def scaled_dot_product_attention_backward(
     }  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
     arrays = {"query": query, "key": key, "value": value, "dout": dout}
-    call = _checked(name, arrays, options, dlogsumexp)
+    be = backend.of(query)
+    call = _checked(be, name, arrays, options, dlogsumexp)
     grads = attend_backward(call, dout, dlogsumexp)
-    shaped = (as_given(grad, array) for grad, array in zip(grads, (query, key, value, bias, sink), strict=True))
-    return backend.rounded(AttentionGrads(*shaped), like=query)
+    shaped = (as_given(be, grad, array) for grad, array in zip(grads, (query, key, value, bias, sink), strict=True))
+    return be.rounded(AttentionGrads(*shaped), like=query)
 
 
 @backend.op
@@ -303,9 +305,10 @@ def attention_weights(
         "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
     }  # fmt: skip
     _checks.flag("attention_weights", "return_logsumexp", return_logsumexp)
-    call = _checked("attention_weights", {"query": query, "key": key}, options)
-    weights, logsumexp = weigh(call)
-    weights = backend.rounded(weights, like=query)
+    be = backend.of(query)
+    call = _checked(be, "attention_weights", {"query": query, "key": key}, options)
+    weights, logsumexp = attention_probabilities(call)
+    weights = be.rounded(weights, like=query)
     return (weights, logsumexp) if return_logsumexp else weights
 
 
@@ -371,13 +374,16 @@ def attention_weights_backward(
         "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
     }  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
-    call = _checked(name, {"query": query, "key": key, "dout": dout}, options, dlogsumexp)
+    be = backend.of(query)
+    call = _checked(be, name, {"query": query, "key": key, "dout": dout}, options, dlogsumexp)
     dquery, dkey, _, dbias, dsink = attend_backward(call, dout, dlogsumexp)
-    shaped = (as_given(g, a) for g, a in zip((dquery, dkey, dbias, dsink), (query, key, bias, sink), strict=True))
-    return backend.rounded(AttentionWeightsGrads(*shaped), like=query)
+    shaped = (as_given(be, g, a) for g, a in zip((dquery, dkey, dbias, dsink), (query, key, bias, sink), strict=True))
+    return be.rounded(AttentionWeightsGrads(*shaped), like=query)
 
 
-def _checked(function: str, arrays: dict[str, Array], options: dict[str, Any], dlogsumexp: Array | None = None) -> Call:
+def _checked(
+    be: Backend, function: str, arrays: dict[str, Array], options: dict[str, Any], dlogsumexp: Array | None = None
+) -> AttentionCall:
     """Check the arguments and bring them into the form that the tiles use."""
     scores = _checks.attention(function, arrays, options, dlogsumexp)
-    return prepare(arrays, scores, **options)
+    return prepare(be, arrays, scores, **options)

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from . import _checks, _windows, backend
-from ._correlate import correlate, correlate_dweight, correlate_dx
-from .backend import Array, Tile
+from . import _checks, backend
+from ._engine.correlate import correlate, correlate_dweight, correlate_dx
+from ._engine.im2col import fill_padding, fold_padding
+from .backend import Array, Backend, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
 
@@ -99,10 +100,11 @@ def conv(
     """
     arrays = {"x": x, "weight": weight}
     windows, groups = _checks.conv("conv", arrays, bias, stride, padding, dilation, groups, padding_mode)
-    wide, weight, bias = backend.widened(_batched(x, weight), weight, bias)
-    wide, windows = _windows.fill_padding(wide, windows, padding_mode)
-    out = correlate(wide, weight, windows, groups, bias)
-    return backend.rounded(_unbatched(out, like=x), like=x)
+    be = backend.of(x)
+    wide, weight, bias = be.widened(_batched(x, weight), weight, bias)
+    wide, windows = fill_padding(be, wide, windows, padding_mode)
+    out = correlate(be, wide, weight, windows, groups, bias)
+    return be.rounded(_unbatched(be, out, like=x), like=x)
 
 
 @backend.op
@@ -163,15 +165,16 @@ def conv_backward(
     """
     arrays = {"x": x, "weight": weight, "dout": dout}
     windows, groups = _checks.conv("conv_backward", arrays, bias, stride, padding, dilation, groups, padding_mode)
-    dout, wide, weight = backend.widened(_batched(dout, weight), _batched(x, weight), weight)
-    wide, over = _windows.fill_padding(wide, windows, padding_mode)
-    dx = _windows.fold_padding(correlate_dx(dout, weight, over, groups), windows, padding_mode)
+    be = backend.of(x)
+    dout, wide, weight = be.widened(_batched(dout, weight), _batched(x, weight), weight)
+    wide, over = fill_padding(be, wide, windows, padding_mode)
+    dx = fold_padding(be, correlate_dx(be, dout, weight, over, groups), windows, padding_mode)
     grads = ConvGrads(
-        dx=_unbatched(dx, like=x),
-        dweight=correlate_dweight(dout, wide, weight, over, groups),
-        dbias=None if bias is None else _sum_of_channels(dout),
+        dx=_unbatched(be, dx, like=x),
+        dweight=correlate_dweight(be, dout, wide, weight, over, groups),
+        dbias=None if bias is None else _sum_of_channels(be, dout),
     )
-    return backend.rounded(grads, like=x)
+    return be.rounded(grads, like=x)
 
 
 @backend.op
@@ -243,9 +246,10 @@ def conv_transpose(
         "conv_transpose", {"x": x, "weight": weight}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
-    wide, weight, bias = backend.widened(_batched(x, weight), weight, bias)
-    out = correlate_dx(wide, weight, windows, groups, bias)
-    return backend.rounded(_unbatched(out, like=x), like=x)
+    be = backend.of(x)
+    wide, weight, bias = be.widened(_batched(x, weight), weight, bias)
+    out = correlate_dx(be, wide, weight, windows, groups, bias)
+    return be.rounded(_unbatched(be, out, like=x), like=x)
 
 
 @backend.op
@@ -304,19 +308,20 @@ def conv_transpose_backward(
         "conv_transpose_backward", {"x": x, "weight": weight, "dout": dout}, bias,
         stride, padding, output_padding, output_size, dilation, groups,
     )  # fmt: skip
-    dout, wide, weight = backend.widened(_batched(dout, weight), _batched(x, weight), weight)
+    be = backend.of(x)
+    dout, wide, weight = be.widened(_batched(dout, weight), _batched(x, weight), weight)
     grads = ConvGrads(
-        dx=_unbatched(correlate(dout, weight, windows, groups), like=x),
-        dweight=correlate_dweight(wide, dout, weight, windows, groups),
-        dbias=None if bias is None else _sum_of_channels(dout),
+        dx=_unbatched(be, correlate(be, dout, weight, windows, groups), like=x),
+        dweight=correlate_dweight(be, wide, dout, weight, windows, groups),
+        dbias=None if bias is None else _sum_of_channels(be, dout),
     )
-    return backend.rounded(grads, like=x)
+    return be.rounded(grads, like=x)
 
 
-def _sum_of_channels(dout: Array) -> Array:
+def _sum_of_channels(be: Backend, dout: Array) -> Array:
     """Return the sum over everything but the channel: (N, C, *O) -> (C,)."""
-    xp = backend.namespace(dout)
-    dbias = backend.full((dout.shape[1],), 0, dout)
+    xp = be.xp
+    dbias = be.full((dout.shape[1],), 0, dout.dtype)
 
     def work(n: slice) -> Array:
         return xp.sum(dout[n, ...], axis=(0, *range(2, dout.ndim)))
@@ -324,8 +329,8 @@ def _sum_of_channels(dout: Array) -> Array:
     def collect(_: Tile, part: Array) -> None:
         dbias[...] += part
 
-    tiles = backend.tiles(dout.shape[:1], math.prod(dout.shape[1:]) * backend.itemsize(dout), dout)
-    backend.run(work, tiles, dout, collect)
+    tiles = be.tiles(dout.shape[:1], math.prod(dout.shape[1:]) * be.itemsize(dout))
+    be.run(work, tiles, collect)
     return dbias
 
 
@@ -334,6 +339,6 @@ def _batched(array: Array, weight: Array) -> Array:
     return array if array.ndim == weight.ndim else array[None, ...]
 
 
-def _unbatched(array: Array, like: Array) -> Array:
+def _unbatched(be: Backend, array: Array, like: Array) -> Array:
     """Take away the batch dimension again if `like` has none."""
-    return array if array.ndim == like.ndim else backend.namespace(array).reshape(array, array.shape[1:])
+    return array if array.ndim == like.ndim else be.xp.reshape(array, array.shape[1:])

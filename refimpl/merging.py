@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import _checks, _masked, backend
-from .backend import Array
+from . import _checks, backend
+from ._engine import nan_safe
+from .backend import Array, Backend
 
 __all__ = ["MergeGrads", "merge_attention", "merge_attention_backward"]
 
@@ -65,18 +66,19 @@ def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
     (array([[2.]]), array([3.]))
     """
     _checks.merge("merge_attention", {"outs": outs}, logsumexps, None)
-    xp = backend.namespace(outs)
-    wide, lses = backend.widened(outs, logsumexps)
-    out = backend.full(tuple(outs.shape[1:]), 0, wide)
-    logsumexp = backend.full(tuple(outs.shape[1:-1]), -math.inf, wide)
+    be = backend.of(outs)
+    xp = be.xp
+    wide, lses = be.widened(outs, logsumexps)
+    out = be.full(tuple(outs.shape[1:]), 0, wide.dtype)
+    logsumexp = be.full(tuple(outs.shape[1:-1]), -math.inf, wide.dtype)
 
     def work(*tile: slice) -> None:
         each = (slice(None), *tile)
-        weights, present, logsumexp[tile] = _shares(lses[each])
-        out[(*tile, ...)] = xp.sum(weights * _masked.select(present, wide[(*each, ...)]), axis=0)
+        weights, present, logsumexp[tile] = _shares(be, lses[each])
+        out[(*tile, ...)] = xp.sum(weights * nan_safe.select(be, present, wide[(*each, ...)]), axis=0)
 
-    _run(work, wide)
-    return backend.rounded(out, like=outs), logsumexp
+    _run(be, work, wide)
+    return be.rounded(out, like=outs), logsumexp
 
 
 @backend.op
@@ -122,37 +124,38 @@ def merge_attention_backward(
            [ 0.5]])
     """
     _checks.merge("merge_attention_backward", {"outs": outs, "dout": dout}, logsumexps, dlogsumexp)
-    xp = backend.namespace(outs)
-    dout, wide, lses = backend.widened(dout, outs, logsumexps)
-    douts, dlses = backend.full(tuple(outs.shape), 0, wide), backend.full(tuple(lses.shape), 0, wide)
+    be = backend.of(outs)
+    xp = be.xp
+    dout, wide, lses = be.widened(dout, outs, logsumexps)
+    douts, dlses = be.full(tuple(outs.shape), 0, wide.dtype), be.full(tuple(lses.shape), 0, wide.dtype)
 
     def work(*tile: slice) -> None:
         each = (slice(None), *tile)
-        weights, present, _ = _shares(lses[each])
-        parts, do = _masked.select(present, wide[(*each, ...)]), dout[(*tile, ...)]
+        weights, present, _ = _shares(be, lses[each])
+        parts, do = nan_safe.select(be, present, wide[(*each, ...)]), dout[(*tile, ...)]
         slope = xp.sum(do * (parts - xp.sum(weights * parts, axis=0)), axis=-1, keepdims=True)
         if dlogsumexp is not None:
             slope = slope + dlogsumexp[tile][..., None]
-        douts[(*each, ...)] = _masked.select(present, weights * do)
-        dlses[each] = _masked.select(present, weights * slope)[..., 0]
+        douts[(*each, ...)] = nan_safe.select(be, present, weights * do)
+        dlses[each] = nan_safe.select(be, present, weights * slope)[..., 0]
 
-    _run(work, wide)
-    return MergeGrads(backend.rounded(douts, like=outs), dlses)
+    _run(be, work, wide)
+    return MergeGrads(be.rounded(douts, like=outs), dlses)
 
 
-def _shares(logsumexps: Array) -> tuple[Array, Array, Array]:
+def _shares(be: Backend, logsumexps: Array) -> tuple[Array, Array, Array]:
     """Return the share of each part, whether it is there at all, both (S, ..., L, 1), and the logsumexp (..., L)."""
-    xp = backend.namespace(logsumexps)
+    xp = be.xp
     present = logsumexps != -math.inf
     largest = xp.where(xp.any(present, axis=0), xp.max(logsumexps, axis=0), 0.0)
     shares = xp.exp(logsumexps - largest)
     total = xp.sum(shares, axis=0)
-    shares = _masked.select(present, shares / total)
+    shares = nan_safe.select(be, present, shares / total)
     return shares[..., None], present[..., None], largest + xp.log(total)
 
 
-def _run(work: Callable[..., None], outs: Array) -> None:
+def _run(be: Backend, work: Callable[..., None], outs: Array) -> None:
     """Do the work on tiles of rows; without parts there is none."""
     parts, *rows, features = outs.shape
     if parts:
-        backend.run(work, backend.tiles(tuple(rows), 4 * parts * (features + 2) * backend.itemsize(outs), outs), outs)
+        be.run(work, be.tiles(tuple(rows), 4 * parts * (features + 2) * be.itemsize(outs)))

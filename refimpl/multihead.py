@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import _checks, backend
-from ._attend import attend, attend_backward, weigh
-from ._pairs import Call, as_given, prepare
-from ._projections import (
+from ._engine.projections import (
     Hidden,
     append,
     append_backward,
@@ -22,8 +20,10 @@ from ._projections import (
     out_proj,
     split,
 )
+from ._engine.softmax import attend, attend_backward, attention_probabilities
+from ._engine.visibility import AttentionCall, as_given, prepare
 from .attention import Window
-from .backend import Array
+from .backend import Array, Backend
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]
 
@@ -144,19 +144,20 @@ def multi_head_attention(
         "multi_head_attention", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
         need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
     )  # fmt: skip
-    arrays, params = backend.widened(arrays, params)
-    heads, call = _into_heads(found, arrays, params, options, add_zero_attn)
-    out = join(attend(call)[0])
+    be = backend.of(query)
+    arrays, params = be.widened(arrays, params)
+    heads, call = _into_heads(be, found, arrays, params, options, add_zero_attn)
+    out = join(be, attend(call)[0])
     if params is not None:
         hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
-        out = apply(out, out_proj(params), hidden)
-    out = backend.rounded(out, like=query)
+        out = apply(be, out, out_proj(params), hidden)
+    out = be.rounded(out, like=query)
     if not need_weights:
         return out
-    weights, _ = weigh(call)
+    weights, _ = attention_probabilities(call)
     if average_weights:
-        weights = backend.namespace(weights).mean(weights, axis=-3)
-    return out, backend.rounded(weights, like=query)
+        weights = be.xp.mean(weights, axis=-3)
+    return out, be.rounded(weights, like=query)
 
 
 @backend.op
@@ -241,57 +242,65 @@ def multi_head_attention_backward(
         "multi_head_attention_backward", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
         need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
     )  # fmt: skip
-    arrays, params = backend.widened(arrays, params)
-    heads, call = _into_heads(found, arrays, params, options, add_zero_attn)
+    be = backend.of(query)
+    arrays, params = be.widened(arrays, params)
+    heads, call = _into_heads(be, found, arrays, params, options, add_zero_attn)
     dout, tokens = arrays["dout"], [arrays[name] for name in ("query", "key", "value")]
     if params is None:
         dheads, dbias, dsink = _heads_backward(call, dout, heads, bias, sink)
-        dquery, dkey, dvalue = (join(d[..., : x.shape[-2], :]) for d, x in zip(dheads, tokens, strict=True))
-        return backend.rounded(MultiHeadGrads(dquery, dkey, dvalue, None, dbias, dsink), like=query)
+        dquery, dkey, dvalue = (join(be, d[..., : x.shape[-2], :]) for d, x in zip(dheads, tokens, strict=True))
+        return be.rounded(MultiHeadGrads(dquery, dkey, dvalue, None, dbias, dsink), like=query)
     hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
     real = hidden or Hidden()
-    djoined, dout_proj = apply_backward(dout, join(attend(call)[0]), out_proj(params), hidden, x_real=real.joined)
+    djoined, dout_proj = apply_backward(
+        be, dout, join(be, attend(call)[0]), out_proj(params), hidden, x_real=real.joined
+    )
     dheads, dbias, dsink = _heads_backward(call, djoined, heads, bias, sink)
     dappended = {
-        name: append_backward(dhead, x.shape[-2], params[name])
+        name: append_backward(be, dhead, x.shape[-2], params[name])
         for name, dhead, x in zip(("bias_k", "bias_v"), dheads[1:], tokens[1:], strict=True)
         if name in params
     }
-    dprojected = (join(dhead[..., : x.shape[-2], :]) for dhead, x in zip(dheads, tokens, strict=True))
+    dprojected = (join(be, dhead[..., : x.shape[-2], :]) for dhead, x in zip(dheads, tokens, strict=True))
     into = [
-        apply_backward(dy, x, projection, hidden, dy_real=dy_real)
+        apply_backward(be, dy, x, projection, hidden, dy_real=dy_real)
         for dy, x, projection, dy_real in zip(
             dprojected, tokens, in_proj(params), (real.query, real.key, real.value), strict=True
         )
     ]
-    dparams = as_params(params, [dprojection for _, dprojection in into], dout_proj, dappended)
+    dparams = as_params(be, params, [dprojection for _, dprojection in into], dout_proj, dappended)
     dquery, dkey, dvalue = (dx for dx, _ in into)
-    return backend.rounded(MultiHeadGrads(dquery, dkey, dvalue, dparams, dbias, dsink), like=query)
+    return be.rounded(MultiHeadGrads(dquery, dkey, dvalue, dparams, dbias, dsink), like=query)
 
 
 def _into_heads(
+    be: Backend,
     found: _checks.Heads,
     arrays: Mapping[str, Array],
     params: Mapping[str, Array] | None,
     options: dict[str, Any],
     add_zero_attn: bool,
-) -> tuple[list[Array], Call]:
+) -> tuple[list[Array], AttentionCall]:
     """Return query, key and value as they enter the heads, (..., H, L, D / H), and the call of attention with them."""
     tokens = [arrays[name] for name in ("query", "key", "value")]
     bias_k, bias_v = None, None
     if params is not None:
-        tokens = [apply(x, projection) for x, projection in zip(tokens, in_proj(params), strict=True)]
+        tokens = [apply(be, x, projection) for x, projection in zip(tokens, in_proj(params), strict=True)]
         bias_k, bias_v = params.get("bias_k"), params.get("bias_v")
-    query, key, value = (split(x, n) for x, n in zip(tokens, (found.query, found.key, found.key), strict=True))
-    heads = {"query": query, "key": append(key, bias_k, add_zero_attn), "value": append(value, bias_v, add_zero_attn)}
-    scores = (*found.scores[:-1], found.scores[-1] + found.appended)
-    return list(heads.values()), prepare(heads, scores, appended=found.appended, **options)
+    query, key, value = (split(be, x, n) for x, n in zip(tokens, (found.query, found.key, found.key), strict=True))
+    heads = {
+        "query": query,
+        "key": append(be, key, bias_k, add_zero_attn),
+        "value": append(be, value, bias_v, add_zero_attn),
+    }
+    scores = (*found.scores[:-1], found.scores[-1] + found.num_appended_keys)
+    return list(heads.values()), prepare(be, heads, scores, num_appended_keys=found.num_appended_keys, **options)
 
 
 def _heads_backward(
-    call: Call, djoined: Array, heads: list[Array], bias: Array | None, sink: Array | None
+    call: AttentionCall, djoined: Array, heads: list[Array], bias: Array | None, sink: Array | None
 ) -> tuple[list[Array], Array | None, Array | None]:
     """Return the gradients of query, key and value as they entered the heads, of the bias and of the sink."""
-    grads = attend_backward(call, split(djoined, call.scores[-3]), None)
-    *dheads, dbias, dsink = (as_given(g, a) for g, a in zip(grads, (*heads, bias, sink), strict=True))
+    grads = attend_backward(call, split(call.be, djoined, call.scores[-3]), None)
+    *dheads, dbias, dsink = (as_given(call.be, g, a) for g, a in zip(grads, (*heads, bias, sink), strict=True))
     return dheads, dbias, dsink

@@ -5,9 +5,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from . import _checks, _pooling, backend
-from ._geometry import Windows, taps
-from .backend import Array, Tile
+from . import _checks, backend
+from ._engine import pooling
+from ._engine.geometry import Windows, taps
+from .backend import Array, Backend, Tile
 
 __all__ = ["avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward", "max_pool", "max_pool_backward"]
 
@@ -79,9 +80,10 @@ def max_pool(
     """
     windows = _checks.pool("max_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode, integers=True)
     _checks.flag("max_pool", "return_indices", return_indices)
-    (wide,) = backend.widened(x)
-    out, indices = _pooling.largest(wide, windows, return_indices)
-    out = backend.rounded(out, like=x)
+    be = backend.of(x)
+    (wide,) = be.widened(x)
+    out, indices = pooling.largest(be, wide, windows, return_indices)
+    out = be.rounded(out, like=x)
     return (out, indices) if return_indices else out
 
 
@@ -139,8 +141,9 @@ def max_pool_backward(
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "return_indices", return_indices)
     _checks.pool_indices(name, indices, dout)
-    dout, wide = backend.widened(dout, x)
-    return backend.rounded(_pooling.largest_backward(dout, wide, windows, indices), like=x)
+    be = backend.of(x)
+    dout, wide = be.widened(dout, x)
+    return be.rounded(pooling.largest_backward(be, dout, wide, windows, indices), like=x)
 
 
 @backend.op
@@ -201,9 +204,10 @@ def avg_pool(
     windows = _checks.pool(name, {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "count_include_pad", count_include_pad)
     _checks.divisor(name, divisor_override)
-    (wide,) = backend.widened(x)
-    divide = _pooling.divider(wide, windows, count_include_pad, divisor_override)
-    return backend.rounded(_pooling.mean(wide, windows, divide), like=x)
+    be = backend.of(x)
+    (wide,) = be.widened(x)
+    divide = pooling.divider(be, wide, windows, count_include_pad, divisor_override)
+    return be.rounded(pooling.mean(be, wide, windows, divide), like=x)
 
 
 @backend.op
@@ -257,9 +261,10 @@ def avg_pool_backward(
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
     _checks.flag(name, "count_include_pad", count_include_pad)
     _checks.divisor(name, divisor_override)
-    dout, wide = backend.widened(dout, x)
-    divide = _pooling.divider(wide, windows, count_include_pad, divisor_override)
-    return backend.rounded(_pooling.mean_backward(dout, wide, windows, divide), like=x)
+    be = backend.of(x)
+    dout, wide = be.widened(dout, x)
+    divide = pooling.divider(be, wide, windows, count_include_pad, divisor_override)
+    return be.rounded(pooling.mean_backward(be, dout, wide, windows, divide), like=x)
 
 
 @backend.op
@@ -315,16 +320,17 @@ def lp_pool(
     """
     p = _checks.norm_type("lp_pool", norm_type)
     windows = _checks.pool("lp_pool", {"x": x}, kernel_size, stride, padding, dilation, ceil_mode)
-    (wide,) = backend.widened(x)
-    p = _exponent(p, wide)
-    out = backend.empty(_pooling.pooled_shape(wide, windows), wide)
+    be = backend.of(x)
+    (wide,) = be.widened(x)
+    p = _exponent(be, p, wide)
+    out = be.empty(pooling.pooled_shape(wide, windows), wide.dtype)
 
     def work(*tile: slice) -> None:
-        unit, total = _powers(wide, p, windows, tile)
+        unit, total = _powers(be, wide, p, windows, tile)
         out[tile] = unit * total ** (1 / p)
 
-    backend.run(work, _pooling.tiles_of(wide, windows), wide)
-    return backend.rounded(out, like=x)
+    be.run(work, pooling.tiles_of(be, wide, windows))
+    return be.rounded(out, like=x)
 
 
 @backend.op
@@ -379,13 +385,14 @@ def lp_pool_backward(
     name = "lp_pool_backward"
     p = _checks.norm_type(name, norm_type)
     windows = _checks.pool(name, {"x": x, "dout": dout}, kernel_size, stride, padding, dilation, ceil_mode)
-    xp = backend.namespace(x)
-    dout, wide = backend.widened(dout, x)
-    p = _exponent(p, wide)
+    be = backend.of(x)
+    xp = be.xp
+    dout, wide = be.widened(dout, x)
+    p = _exponent(be, p, wide)
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
-        lead, outputs = _pooling.split(tile, windows)
-        units, total = _powers(wide, p, windows, tile)
+        lead, outputs = pooling.split(tile, windows)
+        units, total = _powers(be, wide, p, windows, tile)
         norms = total ** (1 / p)  # in the units
         for _, reads, writes in taps(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
@@ -394,25 +401,25 @@ def lp_pool_backward(
                 slope = (unit**0.25 / xp.abs(part) ** 0.25) ** (4 * (1 - p)) * norm ** (1 - p)
             else:
                 slope = (xp.abs(part) / unit / norm) ** (p - 1)
-            yield (*lead, *reads), backend.select(part != 0, xp.sign(part) * slope * dout[tile][place])
+            yield (*lead, *reads), be.select(part != 0, xp.sign(part) * slope * dout[tile][place])
 
-    return backend.rounded(_pooling.spread(work, wide, windows), like=x)
+    return be.rounded(pooling.add_windows(be, work, wide, windows), like=x)
 
 
-def _exponent(p: float, x: Array) -> float:
+def _exponent(be: Backend, p: float, x: Array) -> float:
     """Return an exponent that is a number of the dtype of `x`, as its inverse is: beyond these it changes no norm."""
-    smallest, _ = backend.float_range(x)
+    smallest, _ = be.float_range(x)
     return max(smallest, min(p, 1 / smallest))
 
 
-def _powers(x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Array]:
+def _powers(be: Backend, x: Array, p: float, windows: Windows, tile: Tile) -> tuple[Array, Array]:
     """Return the largest |x| of each window of the tile, and the sum of `(|x| / largest) ** p`.
 
     In place of a largest of 0, inf or NaN stands 1, which changes no norm.
     """
-    xp = backend.namespace(x)
-    lead, outputs = _pooling.split(tile, windows)
-    unit, total = (backend.full(backend.sizes_of(tile), 0, x) for _ in range(2))
+    xp = be.xp
+    lead, outputs = pooling.split(tile, windows)
+    unit, total = (be.full(backend.sizes_of(tile), 0, x.dtype) for _ in range(2))
     for _, reads, writes in taps(windows, outputs):
         place = (..., *writes)
         unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from . import _checks, backend
-from .backend import Array, Tile
+from .backend import Array, Backend, Tile
 
 __all__ = ["max_unpool", "max_unpool_backward"]
 
@@ -71,18 +71,19 @@ def max_unpool(
     sizes = _checks.max_unpool(
         "max_unpool", {"x": x}, indices, kernel_size, stride, padding, output_size, integers=True
     )
-    xp = backend.namespace(x)
-    (wide,) = backend.widened(x)
-    values, places = _planes(wide, len(sizes)), _planes(indices, len(sizes))
-    out = backend.full((values.shape[0], math.prod(sizes)), 0, wide)
+    be = backend.of(x)
+    xp = be.xp
+    (wide,) = be.widened(x)
+    values, places = _planes(be, wide, len(sizes)), _planes(be, indices, len(sizes))
+    out = be.full((values.shape[0], math.prod(sizes)), 0, wide.dtype)
 
     def work(*tile: slice) -> None:
         at = (*tile, ...)
-        last = _last(places[at], out.shape[1])
-        out[at] = xp.where(last >= 0, _at(values[at], last), out[at])
+        last = _last(be, places[at], out.shape[1])
+        out[at] = xp.where(last >= 0, _at(be, values[at], last), out[at])
 
-    backend.run(work, _tiles(places, out), x)
-    return backend.rounded(xp.reshape(out, (*x.shape[: x.ndim - len(sizes)], *sizes)), like=x)
+    be.run(work, _tiles(be, places, out))
+    return be.rounded(xp.reshape(out, (*x.shape[: x.ndim - len(sizes)], *sizes)), like=x)
 
 
 @backend.op
@@ -133,30 +134,31 @@ def max_unpool_backward(
     sizes = _checks.max_unpool(
         "max_unpool_backward", {"x": x, "dout": dout}, indices, kernel_size, stride, padding, output_size
     )
-    xp = backend.namespace(x)
-    (wide,) = backend.widened(dout)
-    douts, places = _planes(wide, len(sizes)), _planes(indices, len(sizes))
-    dx = backend.full(tuple(places.shape), 0, wide)
+    be = backend.of(x)
+    xp = be.xp
+    (wide,) = be.widened(dout)
+    douts, places = _planes(be, wide, len(sizes)), _planes(be, indices, len(sizes))
+    dx = be.full(tuple(places.shape), 0, wide.dtype)
 
     def work(*tile: slice) -> None:
         at = (*tile, ...)
-        own, here = backend.arange(0, places.shape[1], x), places[at]
-        dx[at] = xp.where(_at(_last(here, douts.shape[1]), here) == own, _at(douts[at], here), dx[at])
+        own, here = be.arange(0, places.shape[1]), places[at]
+        dx[at] = xp.where(_at(be, _last(be, here, douts.shape[1]), here) == own, _at(be, douts[at], here), dx[at])
 
-    backend.run(work, _tiles(places, douts), x)
-    return backend.rounded(xp.reshape(dx, x.shape), like=x)
+    be.run(work, _tiles(be, places, douts))
+    return be.rounded(xp.reshape(dx, x.shape), like=x)
 
 
-def _last(places: Array, plane: int) -> Array:
+def _last(be: Backend, places: Array, plane: int) -> Array:
     """Return which element comes last to each place of a plane, -1 where none does: (B, I) -> (B, P), int64.
 
     Sorted by place and then by element, the last of each place stands right before where the next place would begin.
     Sorting and looking up are exact and reproducible on every backend, which scattering is not.
     """
-    xp = backend.namespace(places)
+    xp = be.xp
     planes, count = places.shape
-    own, place = backend.arange(0, count, places), backend.arange(0, planes * plane, places)
-    first = backend.arange(0, planes, places)[:, None] * plane
+    own, place = be.arange(0, count), be.arange(0, planes * plane)
+    first = be.arange(0, planes)[:, None] * plane
     entries = xp.sort(xp.reshape((xp.astype(places, xp.int64) + first) * count + own, (-1,)))
     before = xp.searchsorted(entries, (place + 1) * count) - 1
     found = xp.take(entries, xp.clip(before, 0, planes * count - 1))
@@ -164,22 +166,22 @@ def _last(places: Array, plane: int) -> Array:
     return xp.reshape(last, (planes, plane))
 
 
-def _at(values: Array, places: Array) -> Array:
+def _at(be: Backend, values: Array, places: Array) -> Array:
     """Return `values[b, places[b, i]]`: (B, P), (B, I) -> (B, I). A place of -1 gives anything."""
-    xp = backend.namespace(values)
+    xp = be.xp
     planes, count = values.shape
-    first = backend.arange(0, planes, values)[:, None] * count
+    first = be.arange(0, planes)[:, None] * count
     flat = xp.reshape(xp.clip(xp.astype(places, xp.int64), 0, count - 1) + first, (-1,))
     return xp.reshape(xp.take(xp.reshape(values, (-1,)), flat), places.shape)
 
 
-def _planes(array: Array, spatial: int) -> Array:
+def _planes(be: Backend, array: Array, spatial: int) -> Array:
     """Return the array with one row for each plane."""
     lead = array.shape[: array.ndim - spatial]
     plane = math.prod(array.shape[array.ndim - spatial :])
-    return backend.namespace(array).reshape(array, (math.prod(lead), plane))
+    return be.xp.reshape(array, (math.prod(lead), plane))
 
 
-def _tiles(places: Array, out: Array) -> Iterator[Tile]:
+def _tiles(be: Backend, places: Array, out: Array) -> Iterator[Tile]:
     """Cut the planes into tiles; each is sorted and looked up in a handful of int64 arrays."""
-    return backend.tiles(tuple(places.shape[:1]), 6 * 8 * (places.shape[1] + out.shape[1]), out)
+    return be.tiles(tuple(places.shape[:1]), 6 * 8 * (places.shape[1] + out.shape[1]))

@@ -16,8 +16,14 @@ class Backend:
     """Plain NumPy."""
 
     name = "numpy"
+    lacks = ()
+    """Dtypes that it does not compute with."""
     flushes_subnormals = False
     """Whether numbers of float32 and bfloat16 below the smallest normal one count as 0."""
+
+    def missing(self):
+        """Return why no array of this backend can be had here, None if one can."""
+        return
 
     def installed(self):
         """Return a context in which refimpl knows this backend."""
@@ -80,6 +86,10 @@ class CupyBackend(Backend):
     """CuPy, where a device answers."""
 
     name = "cupy"
+
+    def missing(self):
+        return None if "cupy" in refimpl.backend.available() else "no device answers to CuPy"
+
     flushes_subnormals = True  # CuPy compiles its kernels with -ftz=true
 
     def array(self, array):
@@ -113,6 +123,69 @@ class CupyViewsBackend(CupyBackend):
             view = cupy.asarray(np.zeros(array.size + 1, dtype=array.dtype))[1:].reshape(shape)
         view[...] = cupy.asarray(array)
         return view
+
+
+class TorchBackend(Backend):
+    """PyTorch tensors on the CPU that record a graph, where it is not forbidden."""
+
+    name = "torch"
+    device = "cpu"
+    lacks = ("uint16", "uint32", "uint64")
+
+    def missing(self):
+        if "torch" not in refimpl.backend.available():
+            return "PyTorch or array-api-compat is not installed"
+        return None
+
+    def array(self, array):
+        import torch
+
+        torch.set_num_threads(1)  # idle threads would spin beside the other tests
+        array = np.array(array)
+        if array.dtype.name == "bfloat16":
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        tensor = tensor.to(self.device)
+        return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+    def owns(self, array):
+        import torch
+
+        return type(array) is torch.Tensor and array.device.type == self.device and not array.requires_grad
+
+
+class TorchViewsBackend(TorchBackend):
+    """Tensors whose every dimension has gaps, or is expanded where all along it is equal."""
+
+    name = "torch-views"
+
+    def array(self, array):
+        tensor = super().array(array).detach()
+        for d, size in enumerate(tensor.shape):
+            first = tensor.narrow(d, 0, min(1, size))
+            if size > 1 and bool((tensor == first).all()):
+                tensor = first.expand(tensor.shape)
+        if tensor.is_contiguous():
+            wide = tensor.new_zeros([2 * n for n in tensor.shape])
+            view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+            view[...] = tensor
+            tensor = view
+        return tensor
+
+
+class TorchCudaBackend(TorchBackend):
+    """PyTorch tensors on a GPU."""
+
+    name = "torch-cuda"
+    device = "cuda"
+
+    def missing(self):
+        if reason := super().missing():
+            return reason
+        import torch
+
+        return None if torch.cuda.is_available() else "no GPU answers to PyTorch"
 
 
 def _waits(name):
@@ -248,9 +321,13 @@ class GuisedBackend(Backend):
         return type(array) is GuardedInGuise
 
 
+def _subclasses(kind):
+    return {kind for child in kind.__subclasses__() for kind in (child, *_subclasses(child))}
+
+
 @contextlib.contextmanager
 def patched_waits():
-    """Let guarded arrays be read by the functions of `refimpl.backend` that say that they wait, and by no other."""
+    """Let guarded arrays be read by the methods of a `Backend` that say that they wait, and by no other."""
 
     def waiting(function):
         @functools.wraps(function)
@@ -264,7 +341,11 @@ def patched_waits():
         return call
 
     names = ("all_finite", "bounds", "largest", "sum_of_squares", "to_numpy")
-    with mock.patch.multiple(refimpl.backend, **{name: waiting(getattr(refimpl.backend, name)) for name in names}):
+    with contextlib.ExitStack() as stack:
+        for kind in (refimpl.backend.Backend, *_subclasses(refimpl.backend.Backend)):
+            own = {name: waiting(vars(kind)[name]) for name in names if name in vars(kind)}
+            if own:
+                stack.enter_context(mock.patch.multiple(kind, **own))
         yield
 
 
@@ -285,4 +366,7 @@ BACKENDS = [
     GuisedBackend(),
     CupyBackend(),
     CupyViewsBackend(),
+    TorchBackend(),
+    TorchViewsBackend(),
+    TorchCudaBackend(),
 ]

@@ -7,8 +7,6 @@ import hypothesis
 import pytest
 from backends import BACKENDS, CupyBackend, patched_waits
 
-import refimpl
-
 hypothesis.settings.register_profile("default", max_examples=30, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("REFIMPL_PROFILE", "default"))
@@ -29,10 +27,10 @@ def pytest_collection_modifyitems(items):
 def backend(request):
     """One way after the other of holding arrays; see `backends.py`."""
     chosen = request.param
-    if isinstance(chosen, CupyBackend) and "cupy" not in refimpl.backend.available():
-        if os.environ.get("REFIMPL_REQUIRE_GPU") == "1":
-            pytest.fail("REFIMPL_REQUIRE_GPU=1, but no device answers to CuPy")
-        pytest.skip("no device answers to CuPy")
+    if reason := chosen.missing():
+        if os.environ.get("REFIMPL_REQUIRE_GPU") == "1" and isinstance(chosen, CupyBackend):
+            pytest.fail(f"REFIMPL_REQUIRE_GPU=1, but {reason}")
+        pytest.skip(reason)
     return chosen
 
 

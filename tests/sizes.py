@@ -9,11 +9,11 @@ import pytest
 import refimpl
 
 THRESHOLDS = {
-    "_correlate": {"_FEW_COLUMNS": 0, "_FEWER_CHANNELS": 1 << 30, "_MANY_WINDOWS": 1},
-    "_windows": {"_FEW_ELEMENTS": 0, "_MANY_TAPS": 2},
-    "_pairs": {"_MANY_PAIRS": 0},
-    "_attend": {"_LONG_ROWS": 1},
-    "backend": {"_LONG_RUN": 1},
+    "_engine.correlate": {"FEW_COLUMNS": 0, "FEWER_CHANNELS": 1 << 30, "MANY_WINDOWS": 1},
+    "_engine.im2col": {"FEW_ELEMENTS": 0, "MANY_TAPS": 2},
+    "_engine.visibility": {"MANY_PAIRS": 0},
+    "_engine.softmax": {"LONG_ROWS": 1},
+    "backend.numpy": {"LONG_RUN": 1},
 }
 
 

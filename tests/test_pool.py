@@ -71,6 +71,8 @@ def test_avg_pool_backward_is_its_adjoint(case):
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 def test_max_pool_takes_integers(backend, dtype):
+    if dtype in backend.lacks:
+        pytest.skip(f"{backend.name} does not compute with {dtype}")
     lowest = np.iinfo(dtype).min
     x = np.full((1, 1, 3), lowest, dtype=dtype)
     out, indices = max_pool(backend.array(x), 3, padding=1, stride=2, return_indices=True)

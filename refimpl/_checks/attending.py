@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import backend
-from ..backend import Array, shown
+from ..backend import Array, Backend, shown
 from .common import (
     LARGEST,
     broadcast,
@@ -96,8 +96,8 @@ def _options(
     batch = scores[:-3]
     for name, array, shape in (("bias", bias, scores), ("mask", mask, scores), ("dropout_mask", dropout_mask, weights)):
         if array is not None:
-            xp = backend.common_namespace(function, {"query": like, name: array})
-            if name != "bias" and array.dtype != xp.bool:
+            be = backend.common(function, {"query": like, name: array})
+            if name != "bias" and array.dtype != be.xp.bool:
                 fail(TypeError, function, name, "be of dtype bool", array.dtype)
             if broadcast([tuple(array.shape), shape]) != shape:
                 rule = f"broadcast to the {'weights' if name == 'dropout_mask' else 'scores'}, {shape}"
@@ -131,20 +131,21 @@ def _dropout(function: str, dropout_mask: Array | None, dropout_p: object) -> No
 def _lengths(function: str, like: Array, name: str, lengths: Array | None, batch: tuple[int, ...], size: int) -> None:
     if lengths is None:
         return
-    _batch_integers(function, like, name, lengths, batch)
+    be = _batch_integers(function, like, name, lengths, batch)
     if 0 not in lengths.shape:
-        low, high = backend.bounds(lengths)
+        low, high = be.bounds(lengths)
         if low < 0 or high > size:
             fail(ValueError, function, name, f"be in [0, {size}]", f"values from {low} to {high}")
 
 
-def _batch_integers(function: str, like: Array, name: str, array: Any, batch: tuple[int, ...]) -> None:
-    """Check an integer array that has an entry for each batch entry."""
-    backend.common_namespace(function, {"query": like, name: array})
-    if not backend.is_integer(array):
+def _batch_integers(function: str, like: Array, name: str, array: Any, batch: tuple[int, ...]) -> Backend:
+    """Check an integer array that has an entry for each batch entry; returns its backend."""
+    be = backend.common(function, {"query": like, name: array})
+    if not be.is_integer(array):
         fail(TypeError, function, name, "be of an integer dtype", array.dtype)
     if broadcast([tuple(array.shape), batch]) != batch:
         fail(ValueError, function, name, f"broadcast to the batch dimensions, {batch}", shapes_of(**{name: array}))
+    return be
 
 
 def _window(function: str, window: object) -> None:
@@ -166,7 +167,7 @@ class Heads(NamedTuple):
     """Heads of the queries."""
     key: int
     """Heads of keys and values."""
-    appended: int
+    num_appended_keys: int
     """Keys that the call adds to those that it is given."""
     scores: tuple[int, ...]
     """`(..., heads, Lq, Lk)`, without the appended keys."""

@@ -4,11 +4,10 @@ import math
 import numbers
 import sys
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import NoReturn, cast
 
 from .. import backend
-from ..backend import Array, shown
+from ..backend import Array, Backend, shown
 
 MOST = sys.maxsize // 8  # elements of an array, whose bytes must have addresses
 LARGEST = 1 << 40  # of a size, stride, dilation or padding: its products with another fit into 64 bits
@@ -75,32 +74,32 @@ def sizes(function: str, argument: str, value: object, count: int, minimum: int)
     return tuple(integer(function, f"{argument}[{i}]", v, minimum, LARGEST) for i, v in enumerate(value))
 
 
-def floating(function: str, **arrays: Array | None) -> ModuleType:
-    """Check floating arrays of one backend, device and dtype; returns their namespace."""
-    xp = backend.common_namespace(function, arrays)
+def floating(function: str, **arrays: Array | None) -> Backend:
+    """Check floating arrays of one backend, device and dtype; returns their backend."""
+    be = backend.common(function, arrays)
     present = {name: array for name, array in arrays.items() if array is not None}
     first = next(iter(present))
     for name, array in present.items():
-        if not backend.is_floating(array):
+        if not be.is_floating(array):
             fail(TypeError, function, name, "be of dtype float64, float32, float16 or bfloat16", array.dtype)
         if array.dtype != present[first].dtype:
             rule = f"be of the same dtype as {first} ({present[first].dtype})"
             fail(TypeError, function, name, rule, array.dtype)
-    return xp
+    return be
 
 
 def logsumexp(function: str, name: str, array: Array | None, like: Array, shape: Sequence[int]) -> None:
     """Check an array of a logsumexp's kind, or None: float32 beside half types, and else of the dtype of `like`."""
     if array is None:
         return
-    xp = backend.common_namespace(function, {"out": like, name: array})
-    due = xp.float32 if backend.is_half(like) else like.dtype
+    be = backend.common(function, {"out": like, name: array})
+    due = be.xp.float32 if be.is_half(like) else like.dtype
     if array.dtype != due:
         fail(
             TypeError,
             function,
             name,
-            f"be of dtype {'float32' if backend.is_half(like) else due}, as a logsumexp beside {like.dtype} is",
+            f"be of dtype {'float32' if be.is_half(like) else due}, as a logsumexp beside {like.dtype} is",
             array.dtype,
         )
     if tuple(array.shape) != tuple(shape):

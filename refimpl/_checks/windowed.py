@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from .. import backend
-from .._geometry import (
+from .._engine.geometry import (
     PADDING_MODES,
     AdaptiveWindow,
     AnyWindows,
@@ -302,13 +302,13 @@ def max_unpool(
 
 def _unpool_indices(function: str, x: Array, indices: Array, plane: int) -> None:
     """Check where `max_unpool` is to put each element of `x`: in a plane of so many. Waits for the device."""
-    xp = backend.common_namespace(function, {"x": x, "indices": indices})
-    if indices.dtype not in (xp.int32, xp.int64):
+    be = backend.common(function, {"x": x, "indices": indices})
+    if indices.dtype not in (be.xp.int32, be.xp.int64):
         fail(TypeError, function, "indices", "be of dtype int32 or int64", indices.dtype)
     if tuple(indices.shape) != tuple(x.shape):
         fail(ValueError, function, "indices", "have the shape of x", shapes_of(x=x, indices=indices))
     if math.prod(indices.shape):
-        low, high = backend.bounds(indices)
+        low, high = be.bounds(indices)
         if low < 0 or high >= plane:
             fail(ValueError, function, "indices", f"be in [0, {plane})", f"values from {low} to {high}")
 
@@ -316,11 +316,11 @@ def _unpool_indices(function: str, x: Array, indices: Array, plane: int) -> None
 def _pooled_array(function: str, arrays: Mapping[str, Array], integers: bool) -> Array:
     """Check `x`, floating or perhaps of an integer dtype, and perhaps `dout`; returns `x`."""
     required(function, arrays)
-    backend.common_namespace(function, arrays)
+    be = backend.common(function, arrays)
     x = arrays["x"]
-    if integers and not (backend.is_integer(x) or backend.is_floating(x)):
+    if integers and not (be.is_integer(x) or be.is_floating(x)):
         fail(TypeError, function, "x", "be of a floating dtype or of an integer dtype", x.dtype)
-    if not backend.is_integer(x) or not integers:
+    if not be.is_integer(x) or not integers:
         floating(function, **arrays)
     if x.ndim == 0:
         fail(ValueError, function, "x", "have at least 1 dimension", shapes_of(x=x))
@@ -347,8 +347,8 @@ def pool_indices(function: str, indices: Array | None, dout: Array) -> None:
     """Check the indices that a backward is given: those of the forward, so int64 and of the shape of the result."""
     if indices is None:
         return
-    xp = backend.common_namespace(function, {"dout": dout, "indices": indices})
-    if indices.dtype != xp.int64:
+    be = backend.common(function, {"dout": dout, "indices": indices})
+    if indices.dtype != be.xp.int64:
         fail(TypeError, function, "indices", "be of dtype int64, as the forward returns them", indices.dtype)
     gradient(function, indices, dout.shape, "indices")
 

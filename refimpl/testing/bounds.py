@@ -102,9 +102,10 @@ def assert_matches(actual: Any, f: Callable[..., Any], /, *arrays: Array, seed: 
     for name, array in _leaves(actual):
         if not backend.is_array(array):
             raise TypeError(f"assert_matches: {name or 'actual'} must be an array; got {type(array).__name__}")
-        if not (backend.is_floating(array) or backend.is_integer(array)):
+        be = backend.of(array)
+        if not (be.is_floating(array) or be.is_integer(array)):
             raise TypeError(f"assert_matches: {name or 'actual'} must be floating or integers; got {array.dtype}")
-    first = next((array for _, array in _leaves(actual) if backend.is_floating(array)), None)
+    first = next((array for _, array in _leaves(actual) if _is_floating(array)), None)
     expected, bounds = _reference(f, arrays, options, None if first is None else str(first.dtype), seed)
     if isinstance(expected, tuple) and not isinstance(actual, tuple):
         expected, bounds = expected[0], bounds[0]
@@ -141,7 +142,7 @@ def _reference(
 ) -> tuple[Any, Any]:
     """Return the results of `f` in float64, and their bounds."""
     given = {"arrays": arrays, "options": options}
-    floating = [array for _, array in _leaves(given) if backend.is_array(array) and backend.is_floating(array)]
+    floating = [array for _, array in _leaves(given) if _is_floating(array)]
     if not floating:
         raise TypeError("error_bound: arrays must hold a floating array, as integers are exact; got none")
     unit, unit_of_sums, _, smallest = _precision(str(floating[0].dtype) if dtype is None else dtype)
@@ -151,9 +152,9 @@ def _reference(
         """Return the results in a dtype where every floating argument is changed."""
 
         def put(array: Any) -> Any:
-            if not (backend.is_array(array) and backend.is_floating(array)):
+            if not _is_floating(array):
                 return array
-            return backend.from_numpy(change(backend.to_numpy(array).astype(np.float64)).astype(dtype), array)
+            return backend.of(array).from_numpy(change(backend.to_numpy(array).astype(np.float64)).astype(dtype))
 
         changed = backend.mapped(put, given)
         return backend.mapped(lambda r: backend.to_numpy(_as_array(r)), f(*changed["arrays"], **changed["options"]))
@@ -189,6 +190,12 @@ def _reference(
             bounds.append(np.where(np.isfinite(result), bound, 0.0) if result.dtype.kind == "f" else 0.0 * result)
     remaining = iter(bounds)
     return expected, backend.mapped(lambda _: next(remaining), expected)
+
+
+def _is_floating(value: Any) -> bool:
+    """Return whether the value is an array of a floating dtype."""
+    be = backend.find(value)
+    return be is not None and be.is_floating(value)
 
 
 def _changing(

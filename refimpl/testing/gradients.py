@@ -198,7 +198,7 @@ class _Loss:
         if not np.isfinite(value).all():
             raise ValueError("check_gradients: f must return finite numbers; got NaN or inf")
         self.weights = rng.normal(size=value.shape)
-        self.dout = backend.from_numpy(self.weights, out)
+        self.dout = backend.of(out).from_numpy(self.weights)
 
     def _first_result(self, arrays: tuple[Any, ...], options: dict[str, Any]) -> Array:
         out = self._f(*arrays, **options)
@@ -208,7 +208,7 @@ class _Loss:
         """Return the terms of the sum with another value in a slot."""
         arrays, options = list(self._arrays), dict(self._options)
         target: Any = options if isinstance(slot.place, str) else arrays
-        array = backend.from_numpy(value, slot.array)
+        array = backend.of(slot.array).from_numpy(value)
         target[slot.place] = array if slot.key is None else {**target[slot.place], slot.key: array}
         result: np.ndarray[Any, Any] = self.weights * backend.to_numpy(self._first_result(tuple(arrays), options))
         return result

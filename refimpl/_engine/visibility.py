@@ -10,16 +10,18 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from . import _masked, backend
-from .backend import Array, Tile
+from .. import backend
+from ..backend import Array, Backend, Tile
+from . import nan_safe
 
-_MANY_PAIRS = 1 << 12  # of which it takes less time to see them in a line of distances than one by one
+MANY_PAIRS = 1 << 12  # of which it takes less time to see them in a line of distances than one by one
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """The arguments of a call as the tiles use them: every array (..., Hkv, R, ., .), with all batch dimensions."""
 
+    be: Backend
     query: Array
     key: Array
     value: Array | None
@@ -36,11 +38,11 @@ class Call:
     scale: float
     softcap: float | None
     dropout_mask: Array | None
-    kept: float
+    keep_prob: float
     """The share of the weights that dropout keeps on average."""
-    appended: int
+    num_appended_keys: int
     """How many of the keys, the last ones, every query sees, whatever hides the others; they have no bias."""
-    hides: bool
+    has_hidden_pairs: bool
     """Whether any option may hide a pair."""
     finite: bool
     """Whether no score is or becomes NaN or inf, nor anything that weights are multiplied by: then a hidden pair can
@@ -52,16 +54,19 @@ class Call:
 
     def tiles(self, arrays: int, gradients: int = 0) -> Iterator[Tile]:
         """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys), and gradients of keys."""
-        arrays += sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask)) + 2 * self.hides
+        arrays += (
+            sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask))
+            + 2 * self.has_hidden_pairs
+        )
         features = sum(int(array.shape[-1]) for array in (self.key, self.value) if array is not None)
         held = features * (1 + gradients * self.scores[-1] // max(1, self.scores[-2]))
-        row_bytes = (arrays * self.scores[-1] + held) * backend.itemsize(self.query)
-        return backend.tiles(self.space, row_bytes, self.query)
+        row_bytes = (arrays * self.scores[-1] + held) * self.be.itemsize(self.query)
+        return self.be.tiles(self.space, row_bytes)
 
     def visible_keys(self, tile: Tile) -> slice | None:
         """Return the keys outside of which the rows of the tile see none, or None if there are none."""
         rows, start, stop = tile[-1], 0, self.scores[-1]
-        if not self.appended:
+        if not self.num_appended_keys:
             if isinstance(self.first, int):
                 start = max(start, rows.start + self.first)
             if isinstance(self.last, int):
@@ -69,34 +74,35 @@ class Call:
         return slice(start, stop) if start < stop else None
 
     @property
-    def by_distance(self) -> bool:
+    def hidden_by_distance_only(self) -> bool:
         """Whether nothing hides a pair but how far the key lies from the query, which is the same in every head."""
         others = (self.bias, self.mask, self.query_lengths, self.key_lengths)
         placed = all(side is None or isinstance(side, int) for side in (self.first, self.last))
-        return placed and not self.appended and all(option is None for option in others)
+        return placed and not self.num_appended_keys and all(option is None for option in others)
 
-    def doubtful_keys(self, tile: Tile, keys: slice) -> slice:
+    def partially_visible_keys(self, tile: Tile, keys: slice) -> slice:
         """Return the last of the keys, so many that all rows of the tile see each of the others."""
-        if self.first is not None or not isinstance(self.last, int) or not self.by_distance:
+        if self.first is not None or not isinstance(self.last, int) or not self.hidden_by_distance_only:
             return keys
         return slice(max(keys.start, min(tile[-1].start + self.last + 1, keys.stop)), keys.stop)
 
     def own_keys(self, keys: slice) -> slice:
         """Return those of the keys that were not appended: the ones that bias, mask and positions are about."""
-        return slice(keys.start, min(keys.stop, self.scores[-1] - self.appended))
+        return slice(keys.start, min(keys.stop, self.scores[-1] - self.num_appended_keys))
 
-    def extended(self, part: Array, keys: slice, value: float) -> Array:
+    def with_appended_keys(self, part: Array, keys: slice, value: float) -> Array:
         """Return a part (..., own keys or 1) of what is about the own keys, with a value for each of the others."""
-        if not self.appended:
+        if not self.num_appended_keys:
             return part
-        xp = backend.namespace(part)
+        xp = self.be.xp
         own = self.own_keys(keys)
         part = xp.broadcast_to(part, (*part.shape[:-1], own.stop - own.start))
-        more = backend.full((*part.shape[:-1], self.appended), value, part)
+        more = self.be.full((*part.shape[:-1], self.num_appended_keys), value, part.dtype)
         return xp.concat([part, more], axis=-1)
 
 
 def prepare(
+    be: Backend,
     arrays: Mapping[str, Array],
     scores: tuple[int, ...],
     *,
@@ -112,33 +118,34 @@ def prepare(
     softcap: float | None,
     dropout_mask: Array | None = None,
     dropout_p: float = 0.0,
-    appended: int = 0,
-) -> Call:
+    num_appended_keys: int = 0,
+) -> AttentionCall:
     """Bring checked arguments into the form that the tiles use, half types as float32.
 
     `scores` is the shape of the scores, appended keys included.
     """
-    query, key, value, bias, sink = backend.widened(arrays["query"], arrays["key"], arrays.get("value"), bias, sink)
+    query, key, value, bias, sink = be.widened(arrays["query"], arrays["key"], arrays.get("value"), bias, sink)
     kv_heads = int(key.shape[-3]) if key.ndim > 2 else 1
     heads = scores[-3] if len(scores) > 2 else 1
     space = (*scores[:-3], kv_heads, heads // kv_heads, scores[-2])
-    first, last = _band(is_causal, window, query_offset, space, key)
-    hides = any(option is not None for option in (bias, mask, first, last, query_lengths, key_lengths))
+    first, last = _band(be, is_causal, window, query_offset, space, key)
+    has_hidden_pairs = any(option is not None for option in (bias, mask, first, last, query_lengths, key_lengths))
 
-    smallest, largest = backend.float_range(query)
+    smallest, largest = be.float_range(query)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     cap = None if softcap is None else float(softcap)
     if cap is not None:
         cap = None if cap > largest else max(cap, smallest)  # beyond the largest number, no score comes near it
 
     def split(array: Array | None) -> Array | None:
-        return None if array is None else by_heads(array, space)
+        return None if array is None else by_heads(be, array, space)
 
     finite = True
-    if hides:  # of the same memory layout, finite or not: BLAS rounds by layout
-        query, key, value = (None if array is None else backend.contiguous(array) for array in (query, key, value))
-        finite = _bounded(query, key, value, (bias, sink), factor, largest)
-    return Call(
+    if has_hidden_pairs:  # of the same memory layout, finite or not: BLAS rounds by layout
+        query, key, value = (None if array is None else be.contiguous(array) for array in (query, key, value))
+        finite = _bounded(be, query, key, value, (bias, sink), factor, largest)
+    return AttentionCall(
+        be=be,
         query=split(query),
         key=split(key),
         value=split(value),
@@ -146,15 +153,15 @@ def prepare(
         mask=split(mask),
         first=first,
         last=last,
-        query_lengths=None if query_lengths is None else _per_batch(query_lengths, space),
-        key_lengths=None if key_lengths is None else _per_batch(key_lengths, space),
-        sink=None if sink is None else split(backend.namespace(sink).reshape(sink, (-1, 1, 1))),
+        query_lengths=None if query_lengths is None else _per_batch(be, query_lengths, space),
+        key_lengths=None if key_lengths is None else _per_batch(be, key_lengths, space),
+        sink=None if sink is None else split(be.xp.reshape(sink, (-1, 1, 1))),
         scale=max(-largest, min(factor, largest)),
         softcap=cap,
         dropout_mask=split(dropout_mask),
-        kept=1.0 - float(dropout_p),
-        appended=appended,
-        hides=hides,
+        keep_prob=1.0 - float(dropout_p),
+        num_appended_keys=num_appended_keys,
+        has_hidden_pairs=has_hidden_pairs,
         finite=finite,
         scores=scores,
         space=space,
@@ -162,17 +169,24 @@ def prepare(
 
 
 def _bounded(
-    query: Array, key: Array, value: Array | None, added: tuple[Array | None, ...], scale: float, largest: float
+    be: Backend,
+    query: Array,
+    key: Array,
+    value: Array | None,
+    add_broadcast: tuple[Array | None, ...],
+    scale: float,
+    largest: float,
 ) -> bool:
     """Return whether nothing is NaN or inf, nor any score, which the sums of squares bound (Cauchy and Schwarz)."""
-    q, k, *v = (backend.sum_of_squares(array) for array in (query, key, value) if array is not None)
+    q, k, *v = (be.sum_of_squares(array) for array in (query, key, value) if array is not None)
     scaled = abs(scale) * math.sqrt(q)
     bounded = all(map(math.isfinite, v)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
     # Of a bias or a sink, -inf and what is added up to it do no harm: they hide.
-    return bounded and all(a is None or 0 in a.shape or backend.largest(a) < largest / 2 for a in added)
+    return bounded and all(a is None or 0 in a.shape or be.largest(a) < largest / 2 for a in add_broadcast)
 
 
 def _band(
+    be: Backend,
     is_causal: bool,
     window: tuple[int | None, int | None] | None,
     query_offset: int | Array,
@@ -184,64 +198,62 @@ def _band(
     if is_causal:
         right = 0
     offset = query_offset if backend.is_array(query_offset) else int(query_offset)
-    first = None if left is None else _shifted(offset, -left, space, key)
-    last = None if right is None else _shifted(offset, right, space, key)
+    first = None if left is None else _shifted(be, offset, -left, space, key)
+    last = None if right is None else _shifted(be, offset, right, space, key)
     return first, last
 
 
-def visible(call: Call, tile: Tile, keys: slice) -> Array:
+def visible(call: AttentionCall, tile: Tile, keys: slice) -> Array:
     """Return which pairs of the tile every option allows, in a shape that broadcasts to that of the scores."""
     own = call.own_keys(keys)
     pairs = (*tile, own)
-    i = backend.arange(tile[-1].start, tile[-1].stop, call.query)[:, None]
-    j = backend.arange(own.start, own.stop, call.query)[None, :]
+    i = call.be.arange(tile[-1].start, tile[-1].stop)[:, None]
+    j = call.be.arange(own.start, own.stop)[None, :]
     allowed = []
     if call.first is not None:
-        allowed.append(j >= i + take(call.first, pairs))
+        allowed.append(j >= i + slice_of(call.first, pairs))
     if call.last is not None:
-        allowed.append(j <= i + take(call.last, pairs))
+        allowed.append(j <= i + slice_of(call.last, pairs))
     if call.key_lengths is not None:
-        allowed.append(j < take(call.key_lengths, pairs))
+        allowed.append(j < slice_of(call.key_lengths, pairs))
     if call.mask is not None:
-        allowed.append(take(call.mask, pairs))
+        allowed.append(slice_of(call.mask, pairs))
     if call.bias is not None:
-        allowed.append(take(call.bias, pairs) != -math.inf)
+        allowed.append(slice_of(call.bias, pairs) != -math.inf)
     if allowed:
-        allowed = [call.extended(functools.reduce(operator.and_, allowed), keys, True)]
+        allowed = [call.with_appended_keys(functools.reduce(operator.and_, allowed), keys, True)]
     if call.query_lengths is not None:
-        allowed.append(i < take(call.query_lengths, pairs))
+        allowed.append(i < slice_of(call.query_lengths, pairs))
     return functools.reduce(operator.and_, allowed)
 
 
-def hidden(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array]:
+def additive_mask(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array]:
     """Return 0 at each visible pair and -inf at the others, and where that is 0, as `visible` does.
 
     Where distance decides, both are views of a line that holds every distance once (256x256 of them: 54 and 19 us).
     """
-    xp = backend.namespace(call.query)
+    xp = call.be.xp
     rows, columns = backend.sizes_of((tile[-1], keys))
-    line = call.by_distance and backend.has_strides(call.query) and rows * columns >= _MANY_PAIRS
+    line = call.hidden_by_distance_only and call.be.has_strides and rows * columns >= MANY_PAIRS
     if line:  # the first row, with what lies as far before its keys as the keys of the last row do
         tile = (*tile[:-1], slice(tile[-1].start, tile[-1].start + 1))
         keys = slice(keys.start - rows + 1, keys.stop)
     seen = visible(call, tile, keys)
     found = 1.0 - 1.0 / xp.astype(seen, call.query.dtype), seen
     if line:
-        found = tuple(backend.unfolded(array, [(1, rows, 1), (1, columns, 1)])[::-1, :] for array in found)
+        found = tuple(call.be.unfolded(array, [(1, rows, 1), (1, columns, 1)])[::-1, :] for array in found)
     return found
 
 
-def reached(call: Call, *arrays: Array) -> list[Array]:
+def visibility_of_tokens(call: AttentionCall, *arrays: Array) -> list[Array]:
     """Return where attention is more than a structural 0: rows of the result, and of query, key and value as given.
 
     Of the result and of query, those that see a key; of key and value, those that a query sees. Each is a bool array
     of the leading dimensions and the length of its array, (..., H, L, 1).
     """
-    xp = backend.namespace(call.query)
+    xp = call.be.xp
     inside = [array for array in (call.query, call.key, call.value) if array is not None]
-    counts = [
-        backend.full((*shape, 1), 0, call.query, xp.int64) for shape in (call.space, *(a.shape[:-1] for a in inside))
-    ]
+    counts = [call.be.full((*shape, 1), 0, xp.int64) for shape in (call.space, *(a.shape[:-1] for a in inside))]
 
     def work(*tile: slice) -> tuple[slice, Array] | None:
         keys = call.visible_keys(tile)
@@ -254,28 +266,30 @@ def reached(call: Call, *arrays: Array) -> list[Array]:
         if found is not None:
             keys, seen = found
             for count in counts[:2]:
-                accumulate(count, tile, xp.sum(seen, axis=-1, keepdims=True))
+                accumulate(call.be, count, tile, xp.sum(seen, axis=-1, keepdims=True))
             for count in counts[2:]:
-                accumulate(count, (*tile[:-1], keys), xp.matrix_transpose(xp.sum(seen, axis=-2, keepdims=True)))
+                accumulate(
+                    call.be, count, (*tile[:-1], keys), xp.matrix_transpose(xp.sum(seen, axis=-2, keepdims=True))
+                )
 
-    backend.run(work, call.tiles(2), call.query, collect)
+    call.be.run(work, call.tiles(2), collect)
     shapes = [call.scores[:-1], *(tuple(array.shape[:-1]) for array in arrays)]
     return [xp.reshape(count > 0, (*shape, 1)) for count, shape in zip(counts, shapes, strict=True)]
 
 
-def take(array: Array, at: Tile) -> Array:
+def slice_of(array: Array, at: Tile) -> Array:
     """Return the part of an array at a tile; along dimensions of size 1, which broadcast, there is only one part."""
     if isinstance(array, int):
         return array
     return array[(*(slice(None) if n == 1 else s for n, s in zip(array.shape, at, strict=False)), ...)]
 
 
-def apart(shape: tuple[int, ...], tile: Tile, space: tuple[int, ...]) -> bool:
+def tiles_are_disjoint(shape: tuple[int, ...], tile: Tile, space: tuple[int, ...]) -> bool:
     """Return whether no other tile adds to the same part of an array, of which this is the shape over the space."""
     return all(m == n > 1 or s.stop - s.start == n for m, s, n in zip(shape, tile, space, strict=True))
 
 
-def added(array: Array, more: Array) -> Array:
+def add_broadcast(array: Array, more: Array) -> Array:
     """Return the sum, in the place of the first if that is as large."""
     more = more[(None,) * (array.ndim - more.ndim) + (...,)]
     if any(m not in (1, n) for m, n in zip(more.shape, array.shape, strict=True)):
@@ -284,65 +298,65 @@ def added(array: Array, more: Array) -> Array:
     return array
 
 
-def accumulate(target: Array, at: Tile, part: Array) -> None:
+def accumulate(be: Backend, target: Array, at: Tile, part: Array) -> None:
     """Add to `target` at a tile: the adjoint of `take`, which sums over what broadcasts."""
     axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 != part.shape[d])
     if axes:
-        part = backend.namespace(part).sum(part, axis=axes, keepdims=True)
+        part = be.xp.sum(part, axis=axes, keepdims=True)
     target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part
 
 
-def by_heads(array: Array, space: tuple[int, ...]) -> Array:
+def by_heads(be: Backend, array: Array, space: tuple[int, ...]) -> Array:
     """Return an array (..., Hq or Hkv or 1, ., .) as (..., Hkv, R, ., .), any of these 1, with all batch dimensions."""
     shape = (*(1,) * (2 - array.ndim), *array.shape)
     heads = shape[-3] if len(shape) > 2 else 1
     split = (1, 1) if heads == 1 else (space[-3], heads // space[-3])
     missing = (1,) * (len(space) - len(shape[:-3]) - 3)
-    return backend.namespace(array).reshape(array, (*missing, *shape[:-3], *split, *shape[-2:]))
+    return be.xp.reshape(array, (*missing, *shape[:-3], *split, *shape[-2:]))
 
 
-def as_given(gradient: Array | None, argument: Array | None) -> Array | None:
+def as_given(be: Backend, gradient: Array | None, argument: Array | None) -> Array | None:
     """Return a gradient, which has the dimensions that its argument has inside, in the shape of the argument."""
     if gradient is None or argument is None:
         return None
-    return backend.namespace(gradient).reshape(gradient, argument.shape)
+    return be.xp.reshape(gradient, argument.shape)
 
 
-def _per_batch(array: Array, space: tuple[int, ...]) -> Array:
+def _per_batch(be: Backend, array: Array, space: tuple[int, ...]) -> Array:
     """Return integers for each batch entry as int64 (..., 1, 1, 1, 1)."""
-    xp = backend.namespace(array)
+    xp = be.xp
     missing = (1,) * (len(space) - 3 - array.ndim)
     if array.dtype == xp.uint64:
         array = xp.clip(array, 0, 1 << 62)
     return xp.astype(xp.reshape(array, (*missing, *array.shape, 1, 1, 1, 1)), xp.int64)
 
 
-def _shifted(offset: int | Array, by: int, space: tuple[int, ...], key: Array) -> int | Array:
+def _shifted(be: Backend, offset: int | Array, by: int, space: tuple[int, ...], key: Array) -> int | Array:
     """Return `offset + by`, bounded so that nothing overflows and no comparison with a key changes."""
     if isinstance(offset, int):
         return max(-space[-1], min(offset + by, int(key.shape[-2])))
     far = 1 << 61
-    bounded = backend.namespace(offset).clip(_per_batch(offset, space), -far, far)
+    bounded = be.xp.clip(_per_batch(be, offset, space), -far, far)
     return bounded + max(-far, min(by, far))
 
 
-def transposed_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Array:
+def transposed_sum(call: AttentionCall, weights: Array, seen: Array | None, x: Array) -> Array:
     """Return `weights^T @ x` over visible pairs."""
-    transpose = backend.namespace(weights).matrix_transpose
+    transpose = call.be.xp.matrix_transpose
     return weighted_sum(call, transpose(weights), None if seen is None else transpose(seen), x)
 
 
-def weighted_sum(call: Call, weights: Array, seen: Array | None, x: Array) -> Array:
+def weighted_sum(call: AttentionCall, weights: Array, seen: Array | None, x: Array) -> Array:
     """Return `weights @ x` over visible pairs; the weights are 0 at hidden ones.
 
     Adding 0 makes a sum of zeros +0, whatever signs hidden entries would have given it.
     """
     if not call.finite:
-        product = _masked.matmul(weights, x, a_real=seen, multiply=backend.matmul_in_parts)
+        product = nan_safe.matmul(call.be, weights, x, a_real=seen, multiply=call.be.matmul_in_parts)
     elif weights.shape[-1] == 1:  # nothing to sum: a third of the time
         product = weights * x
     else:
-        product = backend.matmul_in_parts(weights, x)
-    if call.hides:
+        product = call.be.matmul_in_parts(weights, x)
+    if call.has_hidden_pairs:
         product += 0.0
     return product

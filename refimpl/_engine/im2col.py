@@ -7,15 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import backend
-from ._geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, within
-from .backend import Array, Tile
+from .. import backend
+from ..backend import Array, Backend, Tile
+from .geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, within
 
 # It pays to gather twice from so many taps on, or with fewer windows in a row than that, but not of so few elements.
-_MANY_TAPS, _SHORT_ROW, _FEW_ELEMENTS = 16, 32, 1 << 12
+MANY_TAPS, SHORT_ROW, FEW_ELEMENTS = 16, 32, 1 << 12
 
 
-def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
+def im2col(be: Backend, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     """Return what every tap of every window in the tile reads: `columns[..., t, o] = x[..., element of t at o]`.
 
     Taps in padding hold 0.
@@ -36,18 +36,18 @@ def gather(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> Array:
     region, around = reach(windows, outputs), spans(windows, outputs)
     # Unless taps lie so far apart that with padding most of a copy would lie between them:
     worth = region == around or math.prod(backend.sizes_of(around)) <= 2 * math.prod(kernel) * math.prod(counts)
-    if backend.has_strides(x) and worth:
-        columns = _slid(_padded(x, lead, region, around), windows, counts)
+    if be.has_strides and worth:
+        columns = _sliding_view(be, _padded(be, x, lead, region, around), windows, counts)
     else:  # in plain words
         part = x[(*lead, ...)]
-        columns = backend.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x)
+        columns = be.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x.dtype)
         for k, reads, writes in taps(windows, outputs):
             columns[(..., *k, *writes)] = part[(..., *reads)]
     first = columns.ndim - 2 * len(windows)
-    return backend.namespace(x).reshape(columns, (*columns.shape[:first], math.prod(kernel), *counts))
+    return be.xp.reshape(columns, (*columns.shape[:first], math.prod(kernel), *counts))
 
 
-def _slid(x: Array, windows: Windows, counts: Sequence[int]) -> Array:
+def _sliding_view(be: Backend, x: Array, windows: Windows, counts: Sequence[int]) -> Array:
     """Return what the taps of windows read that begin at the first element: (..., *S) -> (..., *K, *O).
 
     One copy of a view in which elements appear as often as they are read; a view itself if that is once. Many taps, or
@@ -60,24 +60,24 @@ def _slid(x: Array, windows: Windows, counts: Sequence[int]) -> Array:
     outs = [(axis, count, window.stride) for axis, count, window in zip(along, counts, windows, strict=True)]
     if _pays_twice(x, windows, counts):
         others = [(axis, x.shape[axis], 1) for axis in along[:-1]]
-        x = backend.contiguous(backend.unfolded(x, [*before, taps[-1], *others, outs[-1]]))  # (..., K, *S, O)
+        x = be.contiguous(be.unfolded(x, [*before, taps[-1], *others, outs[-1]]))  # (..., K, *S, O)
         taps = [(axis + 1, size, step) for axis, size, step in taps[:-1]] + [(first, taps[-1][1], 1)]
         outs = [(axis + 1, size, step) for axis, size, step in outs[:-1]] + [(x.ndim - 1, counts[-1], 1)]
-    columns = backend.unfolded(x, [*before, *taps, *outs])
-    return columns if all(window.kernel == 1 for window in windows) else backend.contiguous(columns)
+    columns = be.unfolded(x, [*before, *taps, *outs])
+    return columns if all(window.kernel == 1 for window in windows) else be.contiguous(columns)
 
 
 def _pays_twice(x: Array, windows: Windows, counts: Sequence[int]) -> bool:
     """Return whether to gather along the last dimension first, which copies more at once, but one time more."""
-    if x.size < _FEW_ELEMENTS:
+    if x.size < FEW_ELEMENTS:
         return False
     others = math.prod(window.kernel for window in windows[:-1])
     read, written = math.prod(x.shape[-len(windows) : -1]), others * math.prod(counts[:-1])  # lines
-    many = others * windows[-1].kernel >= _MANY_TAPS or counts[-1] < _SHORT_ROW
+    many = others * windows[-1].kernel >= MANY_TAPS or counts[-1] < SHORT_ROW
     return others > 1 and many and read < written
 
 
-def _padded(x: Array, lead: Tile, region: Tile, around: Tile, spare: int = 0) -> Array:
+def _padded(be: Backend, x: Array, lead: Tile, region: Tile, around: Tile, spare: int = 0) -> Array:
     """Return what lies around a region of `x`, with 0 in padding: a view if that is the region, and nothing to spare.
 
     With `spare` more lines of zeros along the first spatial dimension.
@@ -86,13 +86,15 @@ def _padded(x: Array, lead: Tile, region: Tile, around: Tile, spare: int = 0) ->
     if region == around and not spare:
         return part
     first, *others = backend.sizes_of(around)
-    padded = backend.full((*part.shape[: part.ndim - len(region)], first + spare, *others), 0, x)
+    padded = be.full((*part.shape[: part.ndim - len(region)], first + spare, *others), 0, x.dtype)
     if all(r.start < r.stop for r in region):
         padded[(..., *map(within, region, around))] = part
     return padded
 
 
-def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[Array, list[int], tuple[int, ...]]:
+def end_to_end(
+    be: Backend, x: Array, lead: Tile, windows: Windows, outputs: Tile
+) -> tuple[Array, list[int], tuple[int, ...]]:
     """Lay what windows with a stride of 1 read end to end, padding included, so that a tap reads one long run.
 
     Returns
@@ -106,39 +108,39 @@ def end_to_end(x: Array, lead: Tile, windows: Windows, outputs: Tile) -> tuple[A
         for nothing.
     """
     # The last run goes on beyond the last row.
-    rows = _padded(x, lead, reach(windows, outputs), spans(windows, outputs), spare=1)
+    rows = _padded(be, x, lead, reach(windows, outputs), spans(windows, outputs), spare=1)
     sizes = rows.shape[len(lead) :]
     steps = [window.dilation * math.prod(sizes[d + 1 :]) for d, window in enumerate(windows)]
-    rows = backend.namespace(x).reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
+    rows = be.xp.reshape(rows, (*rows.shape[: len(lead)], math.prod(sizes)))
     return rows, steps, (outputs[0].stop - outputs[0].start, *sizes[1:])
 
 
-def in_runs(outputs: Array, shape: tuple[int, ...]) -> Array:
+def in_runs(be: Backend, outputs: Array, shape: tuple[int, ...]) -> Array:
     """Return what belongs to windows as runs of this shape do, with 0 between the rows: (..., *O) -> (..., run)."""
     lead = outputs.shape[: outputs.ndim - len(shape)]
-    runs = backend.full((*lead, *shape), 0, outputs)
+    runs = be.full((*lead, *shape), 0, outputs.dtype)
     runs[(..., *(slice(0, size) for size in outputs.shape[len(lead) :]))] = outputs
-    return backend.namespace(outputs).reshape(runs, (*lead, math.prod(shape)))
+    return be.xp.reshape(runs, (*lead, math.prod(shape)))
 
 
-def add_back(columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> None:
+def col2im(be: Backend, columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> None:
     """Add every tap to the element that it was gathered from: `x[..., element of t at o] += columns[..., t, o]`.
 
     The adjoint of `gather`: `<gather(x), columns> = <x, add_back(columns)>`. Taps in padding are dropped.
     """
-    xp = backend.namespace(columns)
+    xp = be.xp
     kernel, first = tuple(window.kernel for window in windows), columns.ndim - len(windows) - 1
     columns = xp.reshape(columns, (*columns.shape[:first], *kernel, *columns.shape[first + 1 :]))
     for k, reads, writes in taps(windows, outputs):
         x[(*lead, ..., *reads)] += columns[(..., *k, *writes)]
 
 
-def counts(windows: AnyWindows, like: Array) -> list[Array]:
+def counts(be: Backend, windows: AnyWindows, like: Array) -> list[Array]:
     """Return, along each dimension, how many taps of each window meet an element; one array `(O,)` a dimension."""
-    xp = backend.namespace(like)
+    xp = be.xp
     result = []
     for window in windows:
-        o = backend.arange(0, window.out, like)
+        o = be.arange(0, window.out)
         if isinstance(window, AdaptiveWindow):
             first, after = o * window.size // window.out, -(-(o + 1) * window.size // window.out)
         else:
@@ -149,7 +151,7 @@ def counts(windows: AnyWindows, like: Array) -> list[Array]:
     return result
 
 
-def fill_padding(x: Array, windows: Windows, mode: str) -> tuple[Array, Windows]:
+def fill_padding(be: Backend, x: Array, windows: Windows, mode: str) -> tuple[Array, Windows]:
     """Return a copy of `x` with its padding filled from its elements, and the windows that slide over both.
 
     `reflect` mirrors at the border element, `replicate` repeats it, `circular` goes on at the other end. One dimension
@@ -158,28 +160,28 @@ def fill_padding(x: Array, windows: Windows, mode: str) -> tuple[Array, Windows]
     if mode == "zeros":
         return x, windows
     first = x.ndim - len(windows)
-    filled = backend.full((*x.shape[:first], *(w.low + w.size + w.high for w in windows)), 0, x)
+    filled = be.full((*x.shape[:first], *(w.low + w.size + w.high for w in windows)), 0, x.dtype)
     filled[(..., *_inside(windows))] = x
-    for to, origin in _copies(windows, mode):
-        filled[to] = filled[origin]
+    for to, origin, mirrored in _copies(windows, mode):
+        filled[to] = _flipped(be, filled[origin], mirrored)
     return filled, tuple(window.padded for window in windows)
 
 
-def fold_padding(dfilled: Array, windows: Windows, mode: str) -> Array:
+def fold_padding(be: Backend, dfilled: Array, windows: Windows, mode: str) -> Array:
     """Return the gradient of `x` from that of `fill_padding(x)`, which is written to: its adjoint.
 
     What was copied adds its gradient to where it came from, in the reverse order.
     """
     if mode == "zeros":
         return dfilled
-    xp = backend.namespace(dfilled)
-    for to, origin in reversed(list(_copies(windows, mode))):
-        part = dfilled[to]
+    xp = be.xp
+    for to, origin, mirrored in reversed(list(_copies(windows, mode))):
+        part = _flipped(be, dfilled[to], mirrored)
         for d in range(part.ndim):
             if dfilled[origin].shape[d] < part.shape[d]:  # one element, repeated
                 part = xp.sum(part, axis=d, keepdims=True)
         dfilled[origin] += part
-    dx = backend.full((*dfilled.shape[: dfilled.ndim - len(windows)], *(w.size for w in windows)), 0, dfilled)
+    dx = be.full((*dfilled.shape[: dfilled.ndim - len(windows)], *(w.size for w in windows)), 0, dfilled.dtype)
     dx[...] = dfilled[(..., *_inside(windows))]
     return dx
 
@@ -189,21 +191,28 @@ def _inside(windows: Windows) -> Tile:
     return tuple(slice(window.low, window.low + window.size) for window in windows)
 
 
-def _copies(windows: Windows, mode: str) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """Yield `(to, origin)` for each side that has padding: what is filled, and from where, among both."""
+def _flipped(be: Backend, array: Array, axis: int | None) -> Array:
+    return array if axis is None else be.xp.flip(array, axis=axis)
+
+
+def _copies(windows: Windows, mode: str) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], int | None]]:
+    """Yield `(to, origin, mirrored)` for each side that has padding: what is filled, and from where, among both.
+
+    `mirrored` is the axis along which the copy is reversed, None for none.
+    """
     for d, window in enumerate(windows):
         begin, end = window.low, window.low + window.size
         low, high = slice(0, begin), slice(end, end + window.high)
         if mode == "reflect":
-            of_low = slice(begin + window.low, begin, -1)
-            after = end - 2 - window.high
-            of_high = slice(end - 2, after if after >= 0 else None, -1)
+            of_low = slice(begin + 1, begin + 1 + window.low)
+            of_high = slice(end - 1 - window.high, end - 1)
         elif mode == "replicate":
             of_low, of_high = slice(begin, begin + 1), slice(end - 1, end)
         else:
             of_low, of_high = slice(end - window.low, end), slice(begin, begin + window.high)
         rest = (slice(None),) * (len(windows) - d - 1)
+        mirrored = d - len(windows) if mode == "reflect" else None
         if window.low:
-            yield (..., low, *rest), (..., of_low, *rest)
+            yield (..., low, *rest), (..., of_low, *rest), mirrored
         if window.high:
-            yield (..., high, *rest), (..., of_high, *rest)
+            yield (..., high, *rest), (..., of_high, *rest), mirrored

@@ -24,6 +24,7 @@ import refimpl
 from refimpl import backend as be
 
 ONE = np.ones(1)
+NUMPY = be.NUMPY
 
 
 def test_namespace_of_each_backend(backend):
@@ -73,7 +74,8 @@ def test_synchronize_takes_arrays_of_any_backend(backend):
 
 
 def test_numpy_is_always_available():
-    assert be.available() in (("numpy",), ("numpy", "cupy"))
+    assert be.available()[0] == "numpy"
+    assert set(be.available()) <= {"numpy", "cupy", "torch"}
 
 
 def test_guarded_arrays_refuse_to_be_looked_at():
@@ -92,7 +94,7 @@ def test_tiles_cover_every_item_once_in_order_within_the_limit(shape, room):
     seen = np.zeros(shape, dtype=int)
     starts = []
     with be.limits(tile_bytes=8 * room):
-        for tile in be.tiles(tuple(shape), 8, ONE):
+        for tile in NUMPY.tiles(tuple(shape), 8):
             assert seen[tile].size <= max(room, 1)
             seen[tile] += 1
             starts.append(tuple(s.start for s in tile))
@@ -109,7 +111,7 @@ def test_results_are_collected_in_order(threads):
         return part.start
 
     with be.limits(threads=threads, tile_bytes=8):
-        be.run(work, be.tiles((20,), 8, ONE), ONE, collect=lambda tile, result: order.append((tile[0].start, result)))
+        NUMPY.run(work, NUMPY.tiles((20,), 8), collect=lambda tile, result: order.append((tile[0].start, result)))
     assert order == [(i, i) for i in range(20)]
 
 
@@ -125,7 +127,7 @@ def test_no_more_tiles_run_at_once_than_there_are_threads():
             running.discard(part.start)
 
     with be.limits(threads=3, tile_bytes=8):
-        be.run(work, be.tiles((30,), 8, ONE), ONE)
+        NUMPY.run(work, NUMPY.tiles((30,), 8))
     assert 1 <= most[0] <= 3
 
 
@@ -141,7 +143,7 @@ def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
         time.sleep(0.01)
 
     with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no room"):
-        be.run(work, be.tiles((1000,), 8, ONE), ONE)
+        NUMPY.run(work, NUMPY.tiles((1000,), 8))
     count = len(started)
     time.sleep(0.05)
     assert len(started) == count < 100
@@ -151,12 +153,12 @@ def test_an_error_in_a_tile_arrives_and_leaves_nothing_running(threads):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_of_the_tiles_themselves_arrives(threads):
     def tiles():
-        yield from be.tiles((10,), 8, ONE)
+        yield from NUMPY.tiles((10,), 8)
         raise MemoryError("no more tiles")
 
     for _ in range(20):
         with be.limits(threads=threads, tile_bytes=8), pytest.raises(MemoryError, match="no more tiles"):
-            be.run(lambda _: time.sleep(0.0005), tiles(), ONE)
+            NUMPY.run(lambda _: time.sleep(0.0005), tiles())
 
 
 def test_no_job_waits_for_helpers_that_are_busy():
@@ -168,21 +170,21 @@ def test_no_job_waits_for_helpers_that_are_busy():
 
     def busy():
         with be.limits(threads=3, tile_bytes=8):
-            be.run(hold, be.tiles((3,), 8, ONE), ONE)
+            NUMPY.run(hold, NUMPY.tiles((3,), 8))
 
     holder = threading.Thread(target=busy)
     holder.start()
     started.wait(timeout=30)
     with be.limits(threads=3, tile_bytes=8):
         for _ in range(50):
-            be.run(lambda _: None, be.tiles((4,), 8, ONE), ONE)
-    assert refimpl._threads._CREW._jobs.qsize() <= refimpl._threads._CREW._size
+            NUMPY.run(lambda _: None, NUMPY.tiles((4,), 8))
+    assert be.threads._CREW._jobs.qsize() <= be.threads._CREW._size
     release.set()
     holder.join()
 
 
 def interrupted_at(number, call):
-    """Run a call, and interrupt it at a line of `_threads`; returns whether it got there.
+    """Run a call, and interrupt it at a line of `backend/threads.py`; returns whether it got there.
 
     Not at a `with`, where Python lets no signal in between a lock and its release.
     """
@@ -190,7 +192,7 @@ def interrupted_at(number, call):
 
     def trace(frame, event, _):
         file, line = frame.f_code.co_filename, frame.f_lineno
-        here = file == refimpl._threads.__file__ and event == "line" and "with " not in linecache.getline(file, line)
+        here = file == be.threads.__file__ and event == "line" and "with " not in linecache.getline(file, line)
         if here and next(lines) == number:
             raise KeyboardInterrupt
         return trace
@@ -208,7 +210,7 @@ def interrupted_at(number, call):
 
 def test_ctrl_c_on_any_line_is_healed_by_the_next_call():
     def call():
-        be.run(lambda _: None, [(slice(0, 1),)], ONE)
+        NUMPY.run(lambda _: None, [(slice(0, 1),)])
 
     before, number = blas_threads(), 1
     while interrupted_at(number, call):
@@ -229,10 +231,10 @@ def test_blas_has_one_thread_inside_and_as_many_as_before_outside():
     def work(part):
         inside.append(blas_threads())
         if part.start == 0:  # a nested call
-            be.run(lambda _: inside.append(blas_threads()), [(slice(0, 1),)], ONE)
+            NUMPY.run(lambda _: inside.append(blas_threads()), [(slice(0, 1),)])
             inside.append(blas_threads())
 
-    be.run(work, [(slice(0, 1),)], ONE)
+    NUMPY.run(work, [(slice(0, 1),)])
     assert inside == [[1] * len(before)] * 3
     assert blas_threads() == before
 
@@ -280,7 +282,7 @@ def test_wrong_limits(name, value, error):
 
 def test_limits_nest_and_belong_to_their_context():
     def pieces():
-        return len(list(be.tiles((64,), 1, ONE)))
+        return len(list(NUMPY.tiles((64,), 1)))
 
     with be.limits(tile_bytes=32):
         assert pieces() == 2
@@ -298,15 +300,15 @@ def test_limits_nest_and_belong_to_their_context():
 def test_a_product_in_parts_is_the_product(rows, parts):
     rng = np.random.default_rng(0)
     a, b = rng.integers(-9, 9, (2, rows, 7)).astype(float), rng.integers(-9, 9, (3, 1, 7, 5)).astype(float)
-    with mock.patch.object(be, "_SMALL_PRODUCT", rows * 35 // parts):
-        np.testing.assert_array_equal(be.matmul_in_parts(a, b), a @ b)
+    with mock.patch.object(be.numpy, "SMALL_PRODUCT", rows * 35 // parts):
+        np.testing.assert_array_equal(NUMPY.matmul_in_parts(a, b), a @ b)
 
 
 def test_a_gpu_takes_few_tiles():
     guised = GuisedBackend()
 
     def pieces(mebibytes, like):
-        return len(list(be.tiles((mebibytes,), 1 << 20, like)))
+        return len(list(be.of(like).tiles((mebibytes,), 1 << 20)))
 
     with guised.installed():
         like = guised.array(ONE)
@@ -341,12 +343,12 @@ def test_without_threads_to_be_had_the_caller_does_the_work(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     order = []
     with be.limits(threads=2, tile_bytes=8):
-        be.run(lambda part: part.start, be.tiles((9,), 8, ONE), ONE, collect=lambda _, result: order.append(result))
+        NUMPY.run(lambda part: part.start, NUMPY.tiles((9,), 8), collect=lambda _, result: order.append(result))
     assert order == list(range(9))
 
 
 def test_threads_are_a_number_of_the_environment():
-    code = "import refimpl._threads as t; print(t.usable_cores())"
+    code = "import refimpl.backend.threads as t; print(t.usable_cores())"
     for value, cores in (("3", 3), ("", None), ("many", None)):
         environment = os.environ | {"REFIMPL_NUM_THREADS": value}
         printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
@@ -372,7 +374,7 @@ def test_a_forked_process_computes_with_threads_of_its_own():
         ready.set()
         release.wait(timeout=30)
 
-    holder = threading.Thread(target=be.run, args=(hold, [(slice(0, 1),)], ONE))
+    holder = threading.Thread(target=NUMPY.run, args=(hold, [(slice(0, 1),)]))
     holder.start()  # BLAS is held to one thread at the moment of the fork
     ready.wait(timeout=30)
     child = fork.Process(target=_child, args=(there,))
@@ -396,7 +398,7 @@ def work(part):
     if part.start == 0: print("started", flush=True)
     done.append(threading.Event().wait(0.02))
 try:
-    with b.limits(threads=2, tile_bytes=8): b.run(work, b.tiles((100000,), 8, np.ones(1)), np.ones(1))
+    with b.limits(threads=2, tile_bytes=8): b.NUMPY.run(work, b.NUMPY.tiles((100000,), 8))
 except KeyboardInterrupt:
     count = len(done); threading.Event().wait(0.2)
     print("stopped", count == len(done) < 5000, blas() == before)

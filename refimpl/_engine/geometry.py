@@ -94,19 +94,22 @@ class Window(NamedTuple):
         """Yield what adds outputs back to elements, as convolutions of the outputs: `(elements, taps, windows)`.
 
         Elements a stride apart are reached by the same taps, each from the output before: tap `k` from output
-        `(i + low - k * dilation) / stride`. In reverse order, these taps slide over the outputs like any window.
-        Elements that no tap reaches are left out.
+        `(i + low - k * dilation) / stride`. In reverse order (the caller flips them), these taps slide over the outputs
+        like any window. Elements that no tap reaches are left out.
         """
         common = math.gcd(self.stride, self.dilation)
-        step, apart = self.stride // common, self.dilation // common
+        step, spacing = self.stride // common, self.dilation // common
         for k in range(min(step, self.kernel)):
             phase = (k * self.dilation - self.low) % self.stride
             if phase < self.size:
                 count = len(range(k, self.kernel, step))
-                low = (count - 1) * apart - (phase + self.low - k * self.dilation) // self.stride
+                low = (count - 1) * spacing - (phase + self.low - k * self.dilation) // self.stride
                 out = len(range(phase, self.size, self.stride))
-                taps = slice(k + (count - 1) * step, k - 1 if k else None, -step)
-                yield slice(phase, None, self.stride), taps, Window(self.out, count, 1, apart, low, 0, out)
+                yield (
+                    slice(phase, None, self.stride),
+                    slice(k, None, step),
+                    Window(self.out, count, 1, spacing, low, 0, out),
+                )
 
     def first_empty(self) -> int | None:
         """Return the first window that holds no element, or None. Only those that begin in padding can be empty."""

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import window_elements
 
-from refimpl import _geometry, _windows, backend
+from refimpl import backend
+from refimpl._engine import geometry, im2col
 
 
 @st.composite
 def windows(draw):
     size, kernel, stride, dilation = (draw(st.integers(1, n)) for n in (9, 4, 4, 3))
     low, high = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-    return _geometry.pool_window(size, kernel, stride, dilation, (low, high), draw(st.booleans()))
+    return geometry.pool_window(size, kernel, stride, dilation, (low, high), draw(st.booleans()))
 
 
 @given(window=windows(), data=st.data())
@@ -82,7 +83,7 @@ def test_whether_a_window_overreaches(window):
     ),
 )
 def test_output_sizes(size, kernel, stride, dilation, padding, ceil_mode):
-    window = _geometry.pool_window(size, kernel, stride, dilation, padding, ceil_mode)
+    window = geometry.pool_window(size, kernel, stride, dilation, padding, ceil_mode)
     spelled = padding if isinstance(padding, str) else [padding]
     outs, pads, _ = window_elements((size,), (kernel,), (stride,), spelled, (dilation,), ceil_mode)
     assert max(window.out, 0) == max(outs[0], 0)
@@ -98,13 +99,13 @@ def test_gather_and_add_back_are_adjoint(first, second, data):
     x = rng.integers(-5, 6, size=(3, 2, first.size, second.size)).astype(float)
     lead = (slice(1, 3),)
     outputs = tuple(slice(data.draw(st.integers(0, w.out - 1)), w.out) for w in both)
-    columns = _windows.gather(x, lead, both, outputs)
+    columns = im2col.im2col(backend.NUMPY, x, lead, both, outputs)
     assert columns.shape == (2, 2, first.kernel * second.kernel, *(o.stop - o.start for o in outputs))
-    with patch.object(backend, "has_strides", return_value=False):  # as it is done without views
-        np.testing.assert_array_equal(columns, _windows.gather(x, lead, both, outputs))
+    with patch.object(backend.NUMPY, "has_strides", False):  # as it is done without views
+        np.testing.assert_array_equal(columns, im2col.im2col(backend.NUMPY, x, lead, both, outputs))
     other = rng.integers(-5, 6, size=columns.shape).astype(float)
     dx = np.zeros(x.shape)
-    _windows.add_back(other, dx, lead, both, outputs)
+    im2col.col2im(backend.NUMPY, other, dx, lead, both, outputs)
     assert np.sum(columns * other) == np.sum(x * dx)
     assert (dx[0] == 0).all()
 
@@ -122,7 +123,7 @@ def test_phases_undo_what_taps_do(window):
     }
     back = []
     for places, taps, over in window.phases():
-        elements, kernel = range(window.size)[places], range(window.kernel)[taps]
+        elements, kernel = range(window.size)[places], range(window.kernel)[taps][::-1]
         assert (len(elements), len(kernel), window.out, 1) == (over.out, over.kernel, over.size, over.stride)
         for t, reads, writes in over.taps(0, over.out):
             pairs = zip(range(over.size)[reads], range(over.out)[writes], strict=True)
@@ -140,12 +141,12 @@ def test_runs_laid_end_to_end_hold_what_gather_finds(first, second, data):
         outputs.append(slice(start, data.draw(st.integers(start + 1, window.out))))
     x = np.random.default_rng(0).normal(size=(2, *(window.size for window in both)))
     lead = (slice(0, 2),)
-    rows, steps, shape = _windows.end_to_end(x, lead, both, tuple(outputs))
-    gathered = _windows.gather(x, lead, both, tuple(outputs))
+    rows, steps, shape = im2col.end_to_end(backend.NUMPY, x, lead, both, tuple(outputs))
+    gathered = im2col.im2col(backend.NUMPY, x, lead, both, tuple(outputs))
     runs = backend.runs([window.kernel for window in both], steps, np.prod(shape))
     for t, (_, where) in enumerate(runs):
         run = rows[:, where].reshape(2, *shape)
         np.testing.assert_array_equal(run[:, :, : gathered.shape[-1]], gathered[:, t])
-    whole = _windows.in_runs(gathered[:, 0], shape).reshape(2, *shape)
+    whole = im2col.in_runs(backend.NUMPY, gathered[:, 0], shape).reshape(2, *shape)
     np.testing.assert_array_equal(whole[:, :, : gathered.shape[-1]], gathered[:, 0])
     assert not whole[:, :, gathered.shape[-1] :].any()

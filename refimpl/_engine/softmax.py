@@ -11,20 +11,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from . import _masked, backend
-from ._pairs import Call, accumulate, added, apart, by_heads, hidden, take, transposed_sum, visible, weighted_sum
-from .backend import Array, Tile
+from ..backend import Array, Backend, Tile
+from . import nan_safe
+from .visibility import (
+    AttentionCall,
+    accumulate,
+    add_broadcast,
+    additive_mask,
+    by_heads,
+    slice_of,
+    tiles_are_disjoint,
+    transposed_sum,
+    visible,
+    weighted_sum,
+)
 
-_LONG_ROWS = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
-_MODEST_SCORE = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
+LONG_ROWS = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
+SAFE_LOGIT = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
 
 
-def attend(call: Call) -> tuple[Array, Array]:
+def attend(call: AttentionCall) -> tuple[Array, Array]:
     """Return the output and the logsumexp: (..., Hq, Lq, Ev), (..., Hq, Lq)."""
     return _by_rows(call, _features(call.value), _attend)
 
 
-def weigh(call: Call) -> tuple[Array, Array]:
+def attention_probabilities(call: AttentionCall) -> tuple[Array, Array]:
     """Return the weights and the logsumexp: (..., Hq, Lq, Lk), (..., Hq, Lq)."""
     return _by_rows(call, call.scores[-1], _weigh)
 
@@ -33,11 +44,11 @@ def _features(array: Array | None) -> int:
     return 0 if array is None else int(array.shape[-1])
 
 
-def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Array, Array]:
+def _by_rows(call: AttentionCall, columns: int, of_tile: Callable[..., None]) -> tuple[Array, Array]:
     """Return what `of_tile` writes for every row, of so many columns, and its logsumexp."""
-    xp = backend.namespace(call.query)
-    out = backend.full((*call.space, columns), 0, call.query)
-    logsumexp = backend.full(call.space, -math.inf, call.query)
+    xp = call.be.xp
+    out = call.be.full((*call.space, columns), 0, call.query.dtype)
+    logsumexp = call.be.full(call.space, -math.inf, call.query.dtype)
     if call.sink is not None:  # all that a query meets that sees no key
         logsumexp[...] = call.sink[..., 0]
 
@@ -46,26 +57,26 @@ def _by_rows(call: Call, columns: int, of_tile: Callable[..., None]) -> tuple[Ar
         if keys is not None:
             of_tile(call, tile, keys, out[(*tile, ...)], logsumexp[tile])
 
-    backend.run(work, call.tiles(1), call.query)
+    call.be.run(work, call.tiles(1))
     return xp.reshape(out, (*call.scores[:-1], columns)), xp.reshape(logsumexp, call.scores[:-1])
 
 
-def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[Array | None, ...]:
+def attend_backward(call: AttentionCall, dout: Array, dlogsumexp: Array | None) -> tuple[Array | None, ...]:
     """Return the gradients of query, key, value, bias and sink, with the dimensions that these have in the call.
 
     `dout` is the gradient of the output, or of the weights if the call has no value.
     """
-    (dout,) = backend.widened(dout)
-    if call.hides:
-        dout = backend.contiguous(dout)
+    (dout,) = call.be.widened(dout)
+    if call.has_hidden_pairs:
+        dout = call.be.contiguous(dout)
         # What dropout keeps is scaled up: then, too, the products with the values must stay finite.
-        most = backend.float_range(dout)[1] * call.kept**2
-        bounded = all(backend.sum_of_squares(a) < most for a in (dout, dlogsumexp) if a is not None)
+        most = call.be.float_range(dout)[1] * call.keep_prob**2
+        bounded = all(call.be.sum_of_squares(a) < most for a in (dout, dlogsumexp) if a is not None)
         call = replace(call, finite=call.finite and bounded)
-    dout = by_heads(dout, call.space)
-    dlse = None if dlogsumexp is None else backend.namespace(dout).reshape(dlogsumexp, (*call.space, 1))
+    dout = by_heads(call.be, dout, call.space)
+    dlse = None if dlogsumexp is None else call.be.xp.reshape(dlogsumexp, (*call.space, 1))
     arguments = (call.query, call.key, call.value, call.bias, call.sink)
-    totals = [None if array is None else backend.full(tuple(array.shape), 0, array) for array in arguments]
+    totals = [None if array is None else call.be.full(tuple(array.shape), 0, array.dtype) for array in arguments]
 
     def work(*tile: slice) -> list[tuple[Tile, Array] | None]:
         """Add to what no other tile adds to; return the rest."""
@@ -78,8 +89,8 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
         left: list[tuple[Tile, Array] | None] = [None] * len(totals)
         for i, (total, at) in enumerate(zip(totals, (tile, columns, columns, own, tile), strict=True)):
             if total is not None and parts[i] is not None:
-                if apart((*total.shape[:-2], 1 if at is columns else total.shape[-2]), tile, call.space):
-                    accumulate(total, at, parts[i])
+                if tiles_are_disjoint((*total.shape[:-2], 1 if at is columns else total.shape[-2]), tile, call.space):
+                    accumulate(call.be, total, at, parts[i])
                 else:
                     left[i] = at, parts[i]
         return left
@@ -87,18 +98,18 @@ def attend_backward(call: Call, dout: Array, dlogsumexp: Array | None) -> tuple[
     def collect(_: Tile, left: list[tuple[Tile, Array] | None]) -> None:
         for total, found in zip(totals, left, strict=True):
             if total is not None and found is not None:
-                accumulate(total, *found)
+                accumulate(call.be, total, *found)
 
-    held = call.scores[-1] * (_features(call.key) + _features(call.value)) * backend.itemsize(call.query)
-    backend.run(work, call.tiles(2, gradients=2), call.query, collect, result_bytes=held)
+    held = call.scores[-1] * (_features(call.key) + _features(call.value)) * call.be.itemsize(call.query)
+    call.be.run(work, call.tiles(2, gradients=2), collect, result_bytes=held)
     return tuple(totals)
 
 
-def _sink_alone(call: Call, dlogsumexp: Array | None, tile: Tile) -> Array | None:
+def _sink_alone(call: AttentionCall, dlogsumexp: Array | None, tile: Tile) -> Array | None:
     """Return the gradient of the sink where it is all that a query meets, and so is the logsumexp itself."""
     if call.sink is None or dlogsumexp is None:
         return None
-    return _masked.select(take(call.sink, tile) != -math.inf, dlogsumexp[(*tile, ...)])
+    return nan_safe.select(call.be, slice_of(call.sink, tile) != -math.inf, dlogsumexp[(*tile, ...)])
 
 
 class _Softmax(NamedTuple):
@@ -118,14 +129,14 @@ class _Softmax(NamedTuple):
     """Which pairs are visible; None where it does not matter any more."""
 
 
-def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
+def _softmax(call: AttentionCall, tile: Tile, keys: slice) -> _Softmax:
     """Return softmax(s) for the rows of the tile."""
-    xp = backend.namespace(call.query)
+    xp = call.be.xp
     s, slope, seen, sees = _scores(call, tile, keys)
-    sink = None if call.sink is None else take(call.sink, tile)
-    shift = _lower(call, tile, keys, s, sink, sees)
-    e = _masked.select(seen, backend.exp(s))
-    total, p_sink = backend.row_sums(e), None
+    sink = None if call.sink is None else slice_of(call.sink, tile)
+    shift = _subtract_row_max(call, tile, keys, s, sink, sees)
+    e = nan_safe.select(call.be, seen, call.be.exp(s))
+    total, p_sink = call.be.row_sums(e), None
     if sink is not None:
         p_sink = xp.exp(sink - shift)
         total = total + p_sink
@@ -138,27 +149,29 @@ def _softmax(call: Call, tile: Tile, keys: slice) -> _Softmax:
     return _Softmax(e, total, p_sink, logsumexp, slope, seen)
 
 
-def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, Array | None, Array | None]:
+def _scores(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array | None, Array | None, Array | None]:
     """Return the scores of the tile, -inf at hidden pairs, and `slope` and `seen` of `_Softmax`.
 
     Last, which rows see any key, (..., rows, 1); None where each does.
     """
-    xp = backend.namespace(call.query)
+    xp = call.be.xp
     slope, seen, sees = None, None, None
-    s = backend.matmul(call.scale * take(call.query, tile), xp.matrix_transpose(take(call.key, (*tile[:-1], keys))))
+    s = call.be.matmul(
+        call.scale * slice_of(call.query, tile), xp.matrix_transpose(slice_of(call.key, (*tile[:-1], keys)))
+    )
     if call.softcap is not None:
         capped = xp.tanh(s / call.softcap)
         s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
     if call.bias is not None:
-        s = added(s, call.extended(take(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
-    if call.hides and call.finite:
-        doubtful = call.doubtful_keys(tile, keys)
-        minus_inf, allowed = hidden(call, tile, doubtful)
+        s = add_broadcast(s, call.with_appended_keys(slice_of(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
+    if call.has_hidden_pairs and call.finite:
+        doubtful = call.partially_visible_keys(tile, keys)
+        minus_inf, allowed = additive_mask(call, tile, doubtful)
         if doubtful == keys:
-            sees, s = xp.any(allowed, axis=-1, keepdims=True), added(s, minus_inf)
+            sees, s = xp.any(allowed, axis=-1, keepdims=True), add_broadcast(s, minus_inf)
         else:  # all rows see the keys before
             s[..., doubtful.start - keys.start :] += minus_inf
-    elif call.hides:
+    elif call.has_hidden_pairs:
         seen = visible(call, tile, keys)
         sees = xp.any(seen, axis=-1, keepdims=True)
         seen, s = xp.broadcast_arrays(seen, s)
@@ -166,95 +179,97 @@ def _scores(call: Call, tile: Tile, keys: slice) -> tuple[Array, Array | None, A
     return s, slope, seen, sees
 
 
-def _lower(call: Call, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None) -> Array | float:
+def _subtract_row_max(
+    call: AttentionCall, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None
+) -> Array | float:
     """Take from the scores of each row, in their place, what lets exp take them; return it, (..., rows, 1) or 0.
 
     Whatever that is, the softmax is the same, if nothing overflows or vanishes. The largest of the row is safe, and so
     is 0 where it is modest, which on a CPU saves one pass over the scores, or two if norms bound them (Cauchy and
     Schwarz). What is taken from a row depends on nothing that the row does not see.
     """
-    xp = backend.namespace(s)
-    saves = backend.at_hand(s) and min(s.shape[-2:]) >= _LONG_ROWS
-    modest: Array | bool = False
-    if saves and not call.hides and sink is None:
-        largest_norm = xp.max(_norms(take(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
-        modest = abs(call.scale) * _norms(take(call.query, tile)) * largest_norm <= _MODEST_SCORE
-        if xp.all(modest):
+    xp = call.be.xp
+    saves = call.be.reads_free and min(s.shape[-2:]) >= LONG_ROWS
+    safe: Array | bool = False
+    if saves and not call.has_hidden_pairs and sink is None:
+        largest_norm = xp.max(_norms(call.be, slice_of(call.key, (*tile[:-1], keys))), axis=-2, keepdims=True)
+        safe = abs(call.scale) * _norms(call.be, slice_of(call.query, tile)) * largest_norm <= SAFE_LOGIT
+        if xp.all(safe):
             return 0.0
-    largest = backend.row_largest(s)
+    largest = call.be.row_largest(s)
     if sink is not None:
         largest = xp.maximum(largest, sink)
     if sees is not None:
         largest = xp.where(sees, largest, 0.0)
     if saves:
-        largest = xp.where(modest | (largest >= 0.0) & (largest <= _MODEST_SCORE), 0.0, largest)
+        largest = xp.where(safe | (largest >= 0.0) & (largest <= SAFE_LOGIT), 0.0, largest)
         if not xp.any(largest):
             return 0.0
     s -= largest
     return largest
 
 
-def _norms(rows: Array) -> Array:
+def _norms(be: Backend, rows: Array) -> Array:
     """Return the Euclidean norm of each row, (..., rows, 1)."""
-    return backend.namespace(rows).sqrt(backend.row_sums(rows, rows))
+    return be.xp.sqrt(be.row_sums(rows, rows))
 
 
-def _normalised(found: _Softmax) -> Array:
+def _normalised(be: Backend, found: _Softmax) -> Array:
     """Return the weights, in the place of `e`."""
     p = found.e
     p /= found.total
-    return _masked.select(found.seen, p)
+    return nan_safe.select(be, found.seen, p)
 
 
-def _dropped(call: Call, tile: Tile, keys: slice, weights: Array) -> Array:
+def _dropped(call: AttentionCall, tile: Tile, keys: slice, weights: Array) -> Array:
     """Return the weights that dropout keeps, scaled up, and 0 times the others."""
     if call.dropout_mask is None:
         return weights
-    keep = take(call.dropout_mask, (*tile, keys))
-    return weights * (backend.namespace(weights).astype(keep, weights.dtype) / call.kept)
+    keep = slice_of(call.dropout_mask, (*tile, keys))
+    return weights * (call.be.xp.astype(keep, weights.dtype) / call.keep_prob)
 
 
-def _weigh(call: Call, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
+def _weigh(call: AttentionCall, tile: Tile, keys: slice, weights: Array, logsumexp: Array) -> None:
     """Write the weights and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
-    weights[..., keys] = _normalised(found)
+    weights[..., keys] = _normalised(call.be, found)
     logsumexp[...] = found.logsumexp[..., 0]
 
 
-def _attend(call: Call, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
+def _attend(call: AttentionCall, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
     """Write the output and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
-    v = take(call.value, (*tile[:-1], keys))
-    p = _normalised(found)  # first: sums that are still to be divided may overflow
+    v = slice_of(call.value, (*tile[:-1], keys))
+    p = _normalised(call.be, found)  # first: sums that are still to be divided may overflow
     out[...] = weighted_sum(call, _dropped(call, tile, keys, p), found.seen, v)
     logsumexp[...] = found.logsumexp[..., 0]
 
 
 def _attend_backward(
-    call: Call, dout: Array, dlogsumexp: Array | None, tile: Tile, keys: slice
+    call: AttentionCall, dout: Array, dlogsumexp: Array | None, tile: Tile, keys: slice
 ) -> tuple[Array, Array, Array | None, Array, Array | None]:
     """Return what the rows of the tile add to the gradients of query, key, value, bias and sink."""
-    xp = backend.namespace(dout)
+    xp = call.be.xp
     columns = (*tile[:-1], keys)
-    q, k = take(call.query, tile), take(call.key, columns)
+    q, k = slice_of(call.query, tile), slice_of(call.key, columns)
     found = _softmax(call, tile, keys)
     _, _, p_sink, _, slope, seen = found
-    p = _normalised(found)
+    p = _normalised(call.be, found)
     if call.value is None:  # the weights are the output
-        dv, dp = None, xp.asarray(take(dout, (*tile, keys)), copy=True)
+        dv, dp = None, call.be.copy(slice_of(dout, (*tile, keys)))
     else:
-        v, do = take(call.value, columns), take(dout, tile)
+        v, do = slice_of(call.value, columns), slice_of(dout, tile)
         dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
-        dp = _dropped(call, tile, keys, backend.matmul(do, xp.matrix_transpose(v)))
-    dp = _masked.select(seen, dp)
-    mean = backend.row_sums(p, dp)
+        dp = _dropped(call, tile, keys, call.be.matmul(do, xp.matrix_transpose(v)))
+    dp = nan_safe.select(call.be, seen, dp)
+    mean = call.be.row_sums(p, dp)
     if dlogsumexp is not None:
         mean = mean - dlogsumexp[(*tile, ...)]
     dp -= mean
     dp *= p
-    dbias = _masked.select(seen, dp)
-    dsink = None if p_sink is None else _masked.select(take(call.sink, tile) != -math.inf, -p_sink * mean)
-    ds = dbias if slope is None else _masked.select(seen, dbias * slope)
+    dbias = nan_safe.select(call.be, seen, dp)
+    dsink = None if p_sink is None else nan_safe.select(call.be, slice_of(call.sink, tile) != -math.inf, -p_sink * mean)
+    ds = dbias if slope is None else nan_safe.select(call.be, seen, dbias * slope)
     dq = call.scale * weighted_sum(call, ds, seen, k)
     dk = transposed_sum(call, ds, seen, q)
     dk *= call.scale

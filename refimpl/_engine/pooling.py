@@ -11,64 +11,65 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import _windows, backend
-from ._geometry import AdaptiveWindow, AnyWindows, Window, reach, taps, whole, within
-from .backend import Array, Tile
+from .. import backend
+from ..backend import Array, Backend, Tile
+from . import im2col
+from .geometry import AdaptiveWindow, AnyWindows, Window, reach, taps, whole, within
 
 Divide = Callable[[Array, Tile], Array]
 
 
-def largest(x: Array, windows: AnyWindows, with_indices: bool) -> tuple[Array, Array | None]:
+def largest(be: Backend, x: Array, windows: AnyWindows, with_indices: bool) -> tuple[Array, Array | None]:
     """Return the maximum of each window and perhaps where it lies: (..., *S) -> (..., *O), int64 (..., *O)."""
-    xp = backend.namespace(x)
+    xp = be.xp
     shape = pooled_shape(x, windows)
-    out = backend.empty(shape, x)
-    indices = backend.empty(shape, x, xp.int64) if with_indices else None
+    out = be.empty(shape, x.dtype)
+    indices = be.empty(shape, xp.int64) if with_indices else None
 
     def work(*tile: slice) -> None:
-        out[tile] = best = _maximum(x, windows, tile)
+        out[tile] = best = _maximum(be, x, windows, tile)
         if indices is not None:
-            indices[tile] = _first(x, best, windows, tile)
+            indices[tile] = _first(be, x, best, windows, tile)
 
-    backend.run(work, tiles_of(x, windows), x)
+    be.run(work, tiles_of(be, x, windows))
     return out, indices
 
 
-def largest_backward(dout: Array, x: Array, windows: AnyWindows, indices: Array | None) -> Array:
+def largest_backward(be: Backend, dout: Array, x: Array, windows: AnyWindows, indices: Array | None) -> Array:
     """Return the gradient of `sum(dout * largest(x))`: each window's goes to its first maximum."""
 
     def places(tile: Tile) -> Array:
-        return _first(x, _maximum(x, windows, tile), windows, tile) if indices is None else indices[tile]
+        return _first(be, x, _maximum(be, x, windows, tile), windows, tile) if indices is None else indices[tile]
 
     def at_once(dx: Array, tile: Tile) -> bool:
-        return backend.add_at(dx, places(tile), dout[tile], len(windows))
+        return be.add_at(dx, places(tile), dout[tile], len(windows))
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
         lead, outputs = split(tile, windows)
         won = places(tile)
-        for element, reads, writes in _elements(x, windows, outputs):
+        for element, reads, writes in _elements(be, windows, outputs):
             at = (..., *writes)
-            yield (*lead, *reads), backend.select(won[at] == element, dout[tile][at])
+            yield (*lead, *reads), be.select(won[at] == element, dout[tile][at])
 
-    held = 0 if indices is not None else 2 * backend.itemsize(x) + 16
+    held = 0 if indices is not None else 2 * be.itemsize(x) + 16
     # To add at known indices is to hold the interpreter's lock: 4.7 ms for one thread, 5.7 for two that wait in turns.
     with backend.limits(threads=None if indices is None else 1):
-        return spread(work, x, windows, at_once, held)
+        return add_windows(be, work, x, windows, at_once, held)
 
 
-def mean(x: Array, windows: AnyWindows, divide: Divide) -> Array:
+def mean(be: Backend, x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the sum over each window, divided: (..., *S) -> (..., *O)."""
-    out = backend.empty(pooled_shape(x, windows), x)
+    out = be.empty(pooled_shape(x, windows), x.dtype)
 
     def work(*tile: slice) -> None:
         outputs = split(tile, windows)[1]
-        out[tile] = divide(_reduced(x, windows, tile, _Reduction(0, operator.add, backend.sums)), outputs)
+        out[tile] = divide(_reduced(be, x, windows, tile, _Reduction(0, operator.add, be.sums)), outputs)
 
-    backend.run(work, tiles_of(x, windows), x)
+    be.run(work, tiles_of(be, x, windows))
     return out
 
 
-def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) -> Array:
+def mean_backward(be: Backend, dout: Array, x: Array, windows: AnyWindows, divide: Divide) -> Array:
     """Return the gradient of `sum(dout * mean(x))`: each window's is shared out among its elements."""
 
     def work(*tile: slice) -> Iterator[tuple[Tile, Array]]:
@@ -81,17 +82,18 @@ def mean_backward(dout: Array, x: Array, windows: AnyWindows, divide: Divide) ->
         for d in reversed(range(len(windows))):  # one dimension after the other, the adjoint of `_reduced`
             shape = list(share.shape)
             shape[len(lead) + d] = region[d].stop - region[d].start
-            spread_out = backend.full(tuple(shape), 0, x)
+            spread_out = be.full(tuple(shape), 0, x.dtype)
             after = (slice(None),) * (len(windows) - d - 1)
             for reads, writes in _along(windows[d], outputs[d], region[d]):
                 spread_out[(..., reads, *after)] += share[(..., writes, *after)]
             share = spread_out
         yield (*lead, *region), share
 
-    return spread(work, x, windows)
+    return add_windows(be, work, x, windows)
 
 
-def spread(
+def add_windows(
+    be: Backend,
     work: Callable[..., Iterator[tuple[Tile, Array]]],
     x: Array,
     windows: AnyWindows,
@@ -103,9 +105,9 @@ def spread(
     Within dx where no other tile reaches the same elements: perhaps `at_once(part of dx, tile)` does all of it, and
     says so. Else beside dx, to be added one tile after the other. `held` as in `tiles_of`.
     """
-    tiles = list(tiles_of(x, windows, held))
-    apart = all(whole(windows, split(tile, windows)[1]) for tile in tiles)
-    dx = backend.empty(tuple(x.shape), x) if apart else backend.full(tuple(x.shape), 0, x)
+    tiles = list(tiles_of(be, x, windows, held))
+    tiles_are_disjoint = all(whole(windows, split(tile, windows)[1]) for tile in tiles)
+    dx = be.empty(tuple(x.shape), x.dtype) if tiles_are_disjoint else be.full(tuple(x.shape), 0, x.dtype)
 
     def add_within(*tile: slice) -> None:
         part = dx[(*split(tile, windows)[0], ...)]
@@ -117,7 +119,7 @@ def spread(
     def add_beside(*tile: slice) -> tuple[Tile, Array]:
         lead, outputs = split(tile, windows)
         region = reach(windows, outputs)
-        total = backend.full(backend.sizes_of((*lead, *region)), 0, dx)
+        total = be.full(backend.sizes_of((*lead, *region)), 0, dx.dtype)
         for at, what in work(*tile):
             total[(..., *map(within, at[len(lead) :], region))] += what
         return (*lead, *region), total
@@ -125,10 +127,10 @@ def spread(
     def collect(_: Tile, found: tuple[Tile, Array]) -> None:
         dx[found[0]] += found[1]
 
-    if apart:
-        backend.run(add_within, tiles, dx)
+    if tiles_are_disjoint:
+        be.run(add_within, tiles)
     else:
-        backend.run(add_beside, tiles, dx, collect)
+        be.run(add_beside, tiles, collect)
     return dx
 
 
@@ -167,7 +169,7 @@ class _Reduction(NamedTuple):
     """Of one array, along dimensions."""
 
 
-def _reduced(x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array:
+def _reduced(be: Backend, x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array:
     """Return a reduction of each window of the tile: one dimension after the other, at once where there is one window.
 
     A window of 3x3 costs 3 + 3 passes over memory that way, not 9, and the first 3 read runs of elements.
@@ -179,12 +181,12 @@ def _reduced(x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array
     region = reach(windows, outputs)
     part = x[(*lead, *region)]
     for d in range(len(windows)):
-        part = _reduced_along(part, len(lead) + d, windows[d], outputs[d], region[d], to)
+        part = _reduced_along(be, part, len(lead) + d, windows[d], outputs[d], region[d], to)
     return part
 
 
 def _reduced_along(
-    x: Array, axis: int, window: Window | AdaptiveWindow, o: slice, region: slice, to: _Reduction
+    be: Backend, x: Array, axis: int, window: Window | AdaptiveWindow, o: slice, region: slice, to: _Reduction
 ) -> Array:
     """Return a reduction along one dimension, of which `x` holds the region: of size 1 for each of the windows `o`."""
     before, after, count = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1), o.stop - o.start
@@ -197,7 +199,7 @@ def _reduced_along(
             result = taken if result is None else to.combine(result, taken)
     if not some and result is not None:
         return result
-    total = backend.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), to.start, x)
+    total = be.full((*x.shape[:axis], count, *x.shape[axis + 1 :]), to.start, x.dtype)
     if result is not None:
         total[...] = result
     for writes, taken in some:
@@ -208,20 +210,20 @@ def _reduced_along(
     return total
 
 
-def _maximum(x: Array, windows: AnyWindows, tile: Tile) -> Array:
+def _maximum(be: Backend, x: Array, windows: AnyWindows, tile: Tile) -> Array:
     """Return the maximum of each window of the tile, NaN if there is one in it."""
-    xp = backend.namespace(x)
+    xp = be.xp
     # A value that every element is at least as large as; every window holds an element, so it never shows.
     least = -math.inf if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
-    return _reduced(x, windows, tile, _Reduction(least, xp.maximum, xp.max))
+    return _reduced(be, x, windows, tile, _Reduction(least, xp.maximum, xp.max))
 
 
-def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
+def _first(be: Backend, x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
     """Return where the first element of each window lies that is its maximum, or NaN."""
-    xp = backend.namespace(x)
+    xp = be.xp
     lead, outputs = split(tile, windows)
-    indices = backend.full(backend.sizes_of(tile), 0, x, xp.int64)
-    for element, reads, writes in reversed(list(_elements(x, windows, outputs))):  # the first tap has the last word
+    indices = be.full(backend.sizes_of(tile), 0, xp.int64)
+    for element, reads, writes in reversed(list(_elements(be, windows, outputs))):  # the first tap has the last word
         place = (..., *writes)
         value = x[(*lead, *reads)]
         wins = (value == best[place]) | (value != value)
@@ -229,18 +231,18 @@ def _first(x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
     return indices
 
 
-def _elements(x: Array, windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Array, Tile, Tile]]:
+def _elements(be: Backend, windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Array, Tile, Tile]]:
     """Yield `(element, reads, writes)` for each tap: `element` holds the flat index of what it reads in the plane."""
     for _, reads, writes in taps(windows, outputs):
-        element = backend.full((), 0, x, backend.namespace(x).int64)
+        element = be.full((), 0, be.xp.int64)
         for window, read in zip(windows, reads, strict=True):
-            along = backend.arange(0, len(range(read.start, read.stop, read.step)), x) * read.step + read.start
+            along = be.arange(0, len(range(read.start, read.stop, read.step))) * read.step + read.start
             element = element[..., None] * window.size + along
         yield element, reads, writes
 
 
 def divider(
-    x: Array, windows: AnyWindows, count_include_pad: bool = False, divisor_override: int | None = None
+    be: Backend, x: Array, windows: AnyWindows, count_include_pad: bool = False, divisor_override: int | None = None
 ) -> Divide:
     """Return the function that divides sums over the windows of a tile by the number of elements that count."""
     counted = [window.padded for window in windows] if count_include_pad else windows
@@ -249,12 +251,12 @@ def divider(
         divisor_override = math.prod(shared)
     if divisor_override is not None:
         return lambda total, _: total / float(divisor_override)
-    counts = _windows.counts(counted, x)
+    counts = im2col.counts(be, counted, x)
 
     def divide(total: Array, outputs: Tile) -> Array:
         divisor = 1.0
         for d, (count, o) in enumerate(zip(counts, outputs, strict=True)):
-            divisor = divisor * backend.namespace(x).reshape(count[o], (-1, *(1 for _ in windows[d + 1 :])))
+            divisor = divisor * be.xp.reshape(count[o], (-1, *(1 for _ in windows[d + 1 :])))
         return total / divisor
 
     return divide
@@ -270,9 +272,9 @@ def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:
     return (*x.shape[: x.ndim - len(windows)], *(window.out for window in windows))
 
 
-def tiles_of(x: Array, windows: AnyWindows, held: int = 0) -> Iterator[Tile]:
+def tiles_of(be: Backend, x: Array, windows: AnyWindows, held: int = 0) -> Iterator[Tile]:
     """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index.
 
     `held` more bytes of it are needed meanwhile.
     """
-    return backend.tiles(pooled_shape(x, windows), 3 * backend.itemsize(x) + 16 + held, x, backend.LEAST_LIGHT)
+    return be.tiles(pooled_shape(x, windows), 3 * be.itemsize(x) + 16 + held, backend.LEAST_LIGHT)

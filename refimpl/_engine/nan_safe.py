@@ -4,32 +4,32 @@ import math
 import operator
 from collections.abc import Callable
 
-from . import backend
-from .backend import Array
+from ..backend import Array, Backend
 
 
-def select(real: Array | None, array: Array) -> Array:
+def select(be: Backend, real: Array | None, array: Array) -> Array:
     """Return the array with 0 where it is not real (None: everywhere it is)."""
-    return array if real is None else backend.select(real, array)
+    return array if real is None else be.select(real, array)
 
 
-def finite(x: Array) -> Array:
+def finite(be: Backend, x: Array) -> Array:
     """Return a copy with 0 in place of NaN and inf."""
-    xp = backend.namespace(x)
+    xp = be.xp
     return xp.where(xp.isfinite(x), x, 0.0)
 
 
-def laid_out(x: Array) -> Array:
+def same_layout_as_finite(be: Backend, x: Array) -> Array:
     """Return a copy in the memory layout of `finite(x)`, with all its values.
 
     For products that must have the same bits whether or not a hidden entry makes `matmul` necessary: BLAS rounds by
     layout.
     """
-    xp = backend.namespace(x)
+    xp = be.xp
     return xp.where(xp.isfinite(x), x, x)
 
 
 def matmul(
+    be: Backend,
     a: Array,
     b: Array,
     a_real: Array | None = None,
@@ -50,7 +50,7 @@ def matmul(
     multiply
         How to multiply the finite entries: as it would be done without others, since BLAS rounds by shape.
     """
-    xp = backend.namespace(a)
+    xp = be.xp
 
     def meet(left: Array, right: Array) -> Array:
         left, right = (x if real is None else x & real for x, real in ((left, a_real), (right, b_real)))
@@ -61,7 +61,7 @@ def matmul(
     down = meet(a > 0, b == -inf) | meet(a < 0, b == inf) | meet(a == inf, b < 0) | meet(a == -inf, b > 0)
     neither = meet(xp.isnan(a), anything[1]) | meet(anything[0], xp.isnan(b))
     neither = neither | meet(a == 0, xp.isinf(b)) | meet(xp.isinf(a), b == 0)
-    total = multiply(finite(a), finite(b))
+    total = multiply(finite(be, a), finite(be, b))
     total = xp.where(up, total + inf, total)
     total = xp.where(down, total - inf, total)
     return xp.where(neither, math.nan, total)

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import _masked, backend
-from ._pairs import Call, reached
-from .backend import Array, Tile
+from ..backend import Array, Backend, Tile
+from . import nan_safe
+from .visibility import AttentionCall, visibility_of_tokens
 
 
 class Linear(NamedTuple):
@@ -40,10 +40,10 @@ def out_proj(params: Mapping[str, Array]) -> Linear:
 
 
 def as_params(
-    params: Mapping[str, Array], into: list[Linear], out: Linear, appended: Mapping[str, Array]
+    be: Backend, params: Mapping[str, Array], into: list[Linear], out: Linear, appended: Mapping[str, Array]
 ) -> dict[str, Array]:
     """Return the gradients of the parameters under the keys of `params`: the inverse of `in_proj`."""
-    xp = backend.namespace(out.weight)
+    xp = be.xp
     found = {"out_proj.weight": out.weight, "out_proj.bias": out.bias, **appended}
     if "in_proj_weight" in params:
         found["in_proj_weight"] = xp.concat([linear.weight for linear in into])
@@ -55,33 +55,33 @@ def as_params(
     return {name: found[name] for name in params}
 
 
-def append(heads: Array, token: Array | None, zero: bool) -> Array:
+def append(be: Backend, heads: Array, token: Array | None, zero: bool) -> Array:
     """Append a token (1, 1, D) of all heads, then one of zeros: (..., H, L, D / H) -> (..., H, L + 0 to 2, D / H)."""
-    xp = backend.namespace(heads)
+    xp = be.xp
     shape = (*heads.shape[:-2], 1, heads.shape[-1])
-    more = [] if token is None else [xp.broadcast_to(split(token, heads.shape[-3])[0, ...], shape)]
+    more = [] if token is None else [xp.broadcast_to(split(be, token, heads.shape[-3])[0, ...], shape)]
     if zero:
-        more.append(backend.full(shape, 0, heads))
+        more.append(be.full(shape, 0, heads.dtype))
     return xp.concat([heads, *more], axis=-2) if more else heads
 
 
-def append_backward(dheads: Array, length: int, token: Array) -> Array:
+def append_backward(be: Backend, dheads: Array, length: int, token: Array) -> Array:
     """Return the gradient of a token that came after the first `length` of every batch entry."""
-    xp = backend.namespace(dheads)
+    xp = be.xp
     return xp.reshape(xp.sum(dheads[..., length, :], axis=tuple(range(dheads.ndim - 3))), token.shape)
 
 
-def split(x: Array, num_heads: int) -> Array:
+def split(be: Backend, x: Array, num_heads: int) -> Array:
     """Split features into heads: (..., L, D) -> (..., H, L, D / H)."""
-    xp = backend.namespace(x)
+    xp = be.xp
     return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], num_heads, x.shape[-1] // num_heads)), -2, -3)
 
 
-def join(heads: Array) -> Array:
+def join(be: Backend, heads: Array) -> Array:
     """Concatenate the heads: (..., H, L, D / H) -> (..., L, D)."""
-    xp = backend.namespace(heads)
+    xp = be.xp
     moved = xp.moveaxis(heads, -3, -2)
-    joined = backend.full(tuple(moved.shape), 0, heads)  # a copy in any case: a reshape may be a view
+    joined = be.full(tuple(moved.shape), 0, heads.dtype)  # a copy in any case: a reshape may be a view
     joined[...] = moved
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
@@ -95,41 +95,44 @@ class Hidden(NamedTuple):
     value: Array | None = None
 
 
-def find_hidden(call: Call, heads: list[Array], operands: Iterable[Array]) -> Hidden | None:
+def find_hidden(call: AttentionCall, heads: list[Array], operands: Iterable[Array]) -> Hidden | None:
     """Return which tokens are hidden, if that may matter to a projection: it does where 0 would meet NaN or inf.
 
     None if no option hides any; nothing known if all operands are finite, so that 0 may be multiplied.
     """
     nobody = any(0 in head.shape[:-1] for head in heads)  # no query, no key, or no batch entry to meet
-    if not nobody and not call.hides:
+    if not nobody and not call.has_hidden_pairs:
         return None
-    if all(backend.all_finite(array) for array in operands):
+    if all(call.be.all_finite(array) for array in operands):
         return Hidden()
-    xp = backend.namespace(heads[0])
-    joined, query, *others = reached(call, *heads)
-    own = [real[..., : heads[1].shape[-2] - call.appended, :] for real in others]
+    xp = call.be.xp
+    joined, query, *others = visibility_of_tokens(call, *heads)
+    own = [real[..., : heads[1].shape[-2] - call.num_appended_keys, :] for real in others]
     features = [heads[2].shape[-1], *(head.shape[-1] for head in heads)]
     seen = zip((joined, query, *own), features, strict=True)
-    return Hidden(*(join(xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen))
+    return Hidden(*(join(call.be, xp.broadcast_to(real, (*real.shape[:-1], size))) for real, size in seen))
 
 
-def apply(x: Array, linear: Linear, hidden: Hidden | None = None) -> Array:
+def apply(be: Backend, x: Array, linear: Linear, hidden: Hidden | None = None) -> Array:
     """Return `x @ weight^T + bias`: (..., L, E) -> (..., L, D); `hidden` is given if `x` is the joined heads."""
-    xp = backend.namespace(x)
-    y = backend.full((*x.shape[:-1], linear.weight.shape[0]), 0, x)
+    xp = be.xp
+    y = be.full((*x.shape[:-1], linear.weight.shape[0]), 0, x.dtype)
     shift = 0.0 if linear.bias is None else linear.bias
     x_real = None if hidden is None else hidden.joined
 
     def work(*rows: slice) -> None:
         at = (*rows, ...)
-        product = _product(hidden, _rows(x, at), xp.matrix_transpose(linear.weight), a_real=_rows(x_real, at))
+        product = _product(
+            be, hidden, _rows(be, x, at), xp.matrix_transpose(linear.weight), a_real=_rows(be, x_real, at)
+        )
         y[at] = xp.reshape(product + shift, y[at].shape)
 
-    backend.run(work, _tiles(x, linear), x)
+    be.run(work, _tiles(be, x, linear))
     return y
 
 
 def apply_backward(
+    be: Backend,
     dy: Array,
     x: Array,
     linear: Linear,
@@ -141,17 +144,17 @@ def apply_backward(
 
     With `y = x @ weight^T + bias` of rows x: dx = dy @ weight, dweight = dy^T @ x, dbias = dy summed over rows.
     """
-    xp = backend.namespace(x)
-    dx = backend.full(tuple(x.shape), 0, x)
-    dweight = backend.full(tuple(linear.weight.shape), 0, x)
-    dbias = None if linear.bias is None else backend.full(tuple(linear.bias.shape), 0, x)
+    xp = be.xp
+    dx = be.full(tuple(x.shape), 0, x.dtype)
+    dweight = be.full(tuple(linear.weight.shape), 0, x.dtype)
+    dbias = None if linear.bias is None else be.full(tuple(linear.bias.shape), 0, x.dtype)
 
     def work(*rows: slice) -> tuple[Array, Array]:
         at = (*rows, ...)
-        part, real = _rows(dy, at), _rows(dy_real, at)  # (rows, D)
+        part, real = _rows(be, dy, at), _rows(be, dy_real, at)  # (rows, D)
         real_t = None if real is None else xp.matrix_transpose(real)
-        dx[at] = xp.reshape(_product(hidden, part, linear.weight, real), dx[at].shape)
-        dw = _product(hidden, xp.matrix_transpose(part), _rows(x, at), real_t, _rows(x_real, at))
+        dx[at] = xp.reshape(_product(be, hidden, part, linear.weight, real), dx[at].shape)
+        dw = _product(be, hidden, xp.matrix_transpose(part), _rows(be, x, at), real_t, _rows(be, x_real, at))
         return dw, xp.sum(part, axis=0)
 
     def collect(_: Tile, parts: tuple[Array, Array]) -> None:
@@ -159,28 +162,28 @@ def apply_backward(
         if dbias is not None:
             dbias[...] += parts[1]
 
-    backend.run(work, _tiles(x, linear), x, collect)
+    be.run(work, _tiles(be, x, linear), collect)
     return dx, Linear(dweight, dbias)
 
 
 def _product(
-    hidden: Hidden | None, a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None
+    be: Backend, hidden: Hidden | None, a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None
 ) -> Array:
     """Return `a @ b`, where something is hidden over real pairs and with the same bits whatever hidden entries hold."""
     if hidden is None:
         return a @ b
     if a_real is None and b_real is None and hidden.joined is None:
-        return _masked.laid_out(a) @ _masked.laid_out(b)
-    return _masked.matmul(a, b, a_real, b_real)
+        return nan_safe.same_layout_as_finite(be, a) @ nan_safe.same_layout_as_finite(be, b)
+    return nan_safe.matmul(be, a, b, a_real, b_real)
 
 
-def _rows(x: Array | None, at: tuple[Any, ...]) -> Array | None:
+def _rows(be: Backend, x: Array | None, at: tuple[Any, ...]) -> Array | None:
     """Return a part of (..., L, E) as one matrix of rows."""
     if x is None:
         return None
-    return backend.namespace(x).reshape(x[at], (math.prod(x[at].shape[:-1]), x.shape[-1]))
+    return be.xp.reshape(x[at], (math.prod(x[at].shape[:-1]), x.shape[-1]))
 
 
-def _tiles(x: Array, linear: Linear) -> Iterator[Tile]:
+def _tiles(be: Backend, x: Array, linear: Linear) -> Iterator[Tile]:
     """Cut the rows of `x` into tiles; one costs the features that go in, and those that come out."""
-    return backend.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * backend.itemsize(x), x)
+    return be.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * be.itemsize(x))

@@ -13,15 +13,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import _masked, _windows, backend
-from ._geometry import Window, Windows
-from .backend import Array, Tile
+from .. import backend
+from ..backend import Array, Backend, Tile
+from . import nan_safe
+from .geometry import Window, Windows
+from .im2col import col2im, end_to_end, im2col, in_runs
 
-_MANY_WINDOWS = 512  # from which on it pays to multiply each line of taps by itself
-_FEWER_CHANNELS = 4  # times fewer that come out of a gradient than go in make it pay to multiply before adding back
-_FEW_COLUMNS = 1 << 17  # up to which that also takes less time than to see to every phase
-_NEAR_TAPS = 32  # elements, within which the taps of windows lie that share what a tile reads
-_ENOUGH_ROWS = 32  # of a matrix, from which on a product is as fast as any
+MANY_WINDOWS = 512  # from which on it pays to multiply each line of taps by itself
+FEWER_CHANNELS = 4  # times fewer that come out of a gradient than go in make it pay to multiply before adding back
+FEW_COLUMNS = 1 << 17  # up to which that also takes less time than to see to every phase
+NEAR_TAPS = 32  # elements, within which the taps of windows lie that share what a tile reads
+ENOUGH_ROWS = 32  # of a matrix, from which on a product is as fast as any
 
 Work = Callable[..., None]
 
@@ -37,18 +39,18 @@ class _Step(NamedTuple):
     """How far along that dimension they read beyond the first step."""
 
 
-def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[_Step]]:
+def _steps(be: Backend, weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[_Step]]:
     """Return the windows to gather, and the products that make a convolution of what they gather.
 
     With a stride of 1, what a tap along the first dimension reads is what the first reads, some elements further on. So
     that dimension is not gathered: one product for each of its taps takes a shifted view. That saves most of the
     passes over memory (of a 3x3 kernel, two of three), which cost as much as the products.
     """
-    xp = backend.namespace(weight)
+    xp = be.xp
     first = windows[0]
     rows = math.prod(weight.shape[1:]) // first.kernel  # not copied for each further tap; there, results are added
     shared = first.stride == 1 and 1 < first.extent <= first.out and rows >= 2 * weight.shape[0] // groups
-    shared = shared and math.prod(w.out for w in windows) >= _MANY_WINDOWS
+    shared = shared and math.prod(w.out for w in windows) >= MANY_WINDOWS
     if shared:
         line = first._replace(kernel=1, dilation=1, out=first.out + first.extent - 1)
         windows = (line, *windows[1:])
@@ -57,50 +59,61 @@ def _steps(weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[
         which = slice(k, k + 1) if shared else slice(0, first.kernel)
         part = weight[:, :, which, ...]
         # Always in one layout: BLAS rounds by layout.
-        part = backend.contiguous(xp.reshape(part, (groups, -1, math.prod(part.shape[1:]))))
+        part = be.contiguous(xp.reshape(part, (groups, -1, math.prod(part.shape[1:]))))
         steps.append(_Step(part, which, k * first.dilation if shared else 0))
     return windows, steps
 
 
-def _reach(o: Tile, steps: list[_Step]) -> Tile:
+def _read_by_steps(o: Tile, steps: list[_Step]) -> Tile:
     """Return what all steps read of what is gathered, for the windows `o`."""
     return (slice(o[0].start, o[0].stop + steps[-1].shift), *o[1:])
 
 
-def _part(columns: Array, step: _Step, o: Tile, groups: int) -> Array:
+def _part(be: Backend, columns: Array, step: _Step, o: Tile, groups: int) -> Array:
     """Return what one step reads of gathered columns (N, G*I, T, *O): (N, G, I*T, P)."""
     lines = slice(step.shift, step.shift + o[0].stop - o[0].start)
     taken = columns[(slice(None), slice(None), slice(None), lines, ...)]
-    return _grouped(taken, groups, step.weight.shape[2])
+    return _grouped(be, taken, groups, step.weight.shape[2])
 
 
-def correlate(x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
+def correlate(be: Backend, x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
     """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
-    out = backend.empty((x.shape[0], weight.shape[0], *(w.out for w in windows)), x)
-    work, tiles = _correlation(out, x, weight, windows, groups, bias, _meets_padding(weight, windows))
-    backend.run(work, tiles, x)
+    out = be.empty((x.shape[0], weight.shape[0], *(w.out for w in windows)), x.dtype)
+    work, tiles = _correlation(be, out, x, weight, windows, groups, bias, _nonfinite_meets_padding(be, weight, windows))
+    be.run(work, tiles)
     return out
 
 
 def _correlation(
-    out: Array, x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None, meets_padding: bool
+    be: Backend,
+    out: Array,
+    x: Array,
+    weight: Array,
+    windows: Windows,
+    groups: int,
+    bias: Array | None,
+    nonfinite_meets_padding: bool,
 ) -> tuple[Work, Iterator[Tile]]:
     """Return what writes to `out` what `correlate` returns, tile by tile."""
-    xp = backend.namespace(x)
+    xp = be.xp
     if _by_planes(weight, windows, groups):
-        return _correlation_of_planes(out, x, weight, windows, bias, meets_padding)
-    gathered, steps = _steps(weight, windows, groups)
+        return _correlation_of_planes(be, out, x, weight, windows, bias, nonfinite_meets_padding)
+    gathered, steps = _steps(be, weight, windows, groups)
     addend = None if bias is None else xp.reshape(bias, (groups, -1, 1))
 
     def work(n: slice, *o: slice) -> None:
-        columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
-        real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps)) if meets_padding else None
+        columns = im2col(be, x, (n,), gathered, _read_by_steps(o, steps))
+        real = (
+            im2col(be, _all_true_like(be, x), (n,), gathered, _read_by_steps(o, steps))
+            if nonfinite_meets_padding
+            else None
+        )
 
         def multiplied(step: _Step) -> Array:  # (G, J, I*T) @ (N, G, I*T, P)
-            part = _part(columns, step, o, groups)
+            part = _part(be, columns, step, o, groups)
             if real is None:
                 return step.weight @ part
-            return _masked.matmul(step.weight, part, b_real=_part(real, step, o, groups))
+            return nan_safe.matmul(be, step.weight, part, b_real=_part(be, real, step, o, groups))
 
         product = multiplied(steps[0])
         for step in steps[1:]:
@@ -110,10 +123,12 @@ def _correlation(
         at = (n, ..., *o)
         out[at] = xp.reshape(product, out[at].shape)
 
-    return work, _tiles(x, weight, windows, gathered)
+    return work, _tiles(be, x, weight, windows, gathered)
 
 
-def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
+def correlate_dx(
+    be: Backend, dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None
+) -> Array:
     """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
 
     Element `stride * m + phase` is reached by every `stride`-th tap at most, the later the earlier the window: each
@@ -121,38 +136,39 @@ def correlate_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     every element; where these are few, or windows fewer than elements, and where there is little to do, to multiply
     first and add back what comes out is less work.
     """
-    xp = backend.namespace(dout)
+    xp = be.xp
     rows, planes = weight.shape[0] // groups, weight.shape[1]
     columns = dout.shape[0] * groups * math.prod(weight.shape[1:]) * math.prod(w.out for w in windows)
     wide = 2 * math.prod(w.out for w in windows) < math.prod(-(-w.size // w.stride) for w in windows)
-    if wide or planes * _FEWER_CHANNELS < rows or columns <= _FEW_COLUMNS:
-        return _add_back_dx(dout, weight, windows, groups, bias)
+    if wide or planes * FEWER_CHANNELS < rows or columns <= FEW_COLUMNS:
+        return _col2im_dx(be, dout, weight, windows, groups, bias)
     phases = [list(window.phases()) for window in windows]
-    reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))
+    all_reached = all(len(along) == min(w.stride, w.size) for along, w in zip(phases, windows, strict=True))
     shape = (dout.shape[0], planes * groups, *(w.size for w in windows))
-    dx = backend.empty(shape, dout) if reached else _biased(shape, bias, like=dout)
+    dx = be.empty(shape, dout.dtype) if all_reached else _biased(be, shape, bias, like=dout)
     weight_g = xp.reshape(weight, (groups, rows, planes, *weight.shape[2:]))
     weight_t = xp.reshape(xp.moveaxis(weight_g, 1, 2), (groups * planes, rows, *weight.shape[2:]))  # (G*I, J, *K)
-    meets_padding = _meets_padding(weight, [over for along in phases for _, _, over in along])
+    nonfinite_meets_padding = _nonfinite_meets_padding(be, weight, [over for along in phases for _, _, over in along])
     jobs: list[tuple[Any, ...]] = []  # of all phases: what to do with a tile, and the tile
     for phase in itertools.product(*phases):
         places, taps, over = zip(*phase, strict=True)
-        part, part_weight = dx[(..., *places)], weight_t[(..., *taps)]
-        work, tiles = _correlation(part, dout, part_weight, over, groups, bias, meets_padding)
+        part = dx[(..., *places)]
+        part_weight = xp.flip(weight_t[(..., *taps)], axis=tuple(range(2, weight_t.ndim)))
+        work, tiles = _correlation(be, part, dout, part_weight, over, groups, bias, nonfinite_meets_padding)
         jobs += ((work, *tile) for tile in tiles)
-    backend.run(lambda work, *tile: work(*tile), jobs, dout)
+    be.run(lambda work, *tile: work(*tile), jobs)
     return dx
 
 
-def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None) -> Array:
+def _col2im_dx(be: Backend, dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None) -> Array:
     """Return what `correlate_dx` does.
 
     Cut into channels, tiles share no element of the result, so that the threads can add to it; into windows if a plane
     of columns is too large for that, and then the tiles take turns.
     """
-    xp = backend.namespace(dout)
+    xp = be.xp
     batch, planes = dout.shape[0], weight.shape[1]
-    dx = _biased((batch, planes * groups, *(w.size for w in windows)), bias, like=dout)
+    dx = _biased(be, (batch, planes * groups, *(w.size for w in windows)), bias, like=dout)
     dx_g = xp.reshape(dx, (batch, groups, planes, *dx.shape[2:]))
     outs = tuple(w.out for w in windows)
     weight_g = xp.reshape(weight, (groups, -1, planes, math.prod(weight.shape[2:])))  # (G, J, I, T)
@@ -160,55 +176,55 @@ def _add_back_dx(dout: Array, weight: Array, windows: Windows, groups: int, bias
     def columns(n: slice, g: slice, i: slice, o: Tile) -> Array:
         """Return the columns of the tile: (N, G, I, T, *O)."""
         part = weight_g[g, :, i, :]
-        douts = _grouped(dout[(n, ..., *o)], groups, part.shape[1])[:, g, ...]  # (N, G, J, P)
+        douts = _grouped(be, dout[(n, ..., *o)], groups, part.shape[1])[:, g, ...]  # (N, G, J, P)
         part_t = xp.matrix_transpose(xp.reshape(part, (*part.shape[:2], -1)))  # (G, I*T, J)
         product = part_t @ douts if part.shape[1] > 1 else part_t * douts
         return xp.reshape(product, (*product.shape[:2], *part.shape[2:], *backend.sizes_of(o)))
 
     def of_channels(n: slice, g: slice, i: slice) -> None:
         everything = tuple(slice(0, out) for out in outs)
-        _windows.add_back(columns(n, g, i, everything), dx_g, (n, g, i), windows, everything)
+        col2im(be, columns(n, g, i, everything), dx_g, (n, g, i), windows, everything)
 
     def of_windows(n: slice, *o: slice) -> Array:
         return columns(n, slice(0, groups), slice(0, planes), o)
 
     def collect(tile: Tile, dcolumns: Array) -> None:
         lead = (tile[0], slice(0, groups), slice(0, planes))
-        _windows.add_back(dcolumns, dx_g, lead, windows, tile[1:])
+        col2im(be, dcolumns, dx_g, lead, windows, tile[1:])
 
     taps = weight_g.shape[3]
-    plane_bytes = taps * math.prod(outs) * backend.itemsize(dout)
-    channels = backend.tile_bytes(dout) // max(1, plane_bytes)
-    if channels >= planes or channels * taps >= _ENOUGH_ROWS:
-        backend.run(of_channels, backend.tiles((batch, groups, planes), plane_bytes, dout), dout)
+    plane_bytes = taps * math.prod(outs) * be.itemsize(dout)
+    channels = be.tile_room() // max(1, plane_bytes)
+    if channels >= planes or channels * taps >= ENOUGH_ROWS:
+        be.run(of_channels, be.tiles((batch, groups, planes), plane_bytes))
     else:
-        backend.run(of_windows, _tiles(dx, weight, windows, windows), dout, collect)
+        be.run(of_windows, _tiles(be, dx, weight, windows, windows), collect)
     return dx
 
 
-def correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
+def correlate_dweight(be: Backend, dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
     """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`.
 
     Computed as its transpose, `gather(x) @ dout^T`: BLAS is faster where the first of two factors has the more rows
     (192x3136 @ 3136x64: 84 GFLOP/s on a thread, the other way 70).
     """
-    xp = backend.namespace(x)
+    xp = be.xp
     if _by_planes(weight, windows, groups):
-        return _correlate_dweight_planes(dout, x, weight, windows)
-    meets_padding = _meets_padding(dout, windows)
-    gathered, steps = _steps(weight, windows, groups)
-    totals = [backend.full((groups, step.weight.shape[2], step.weight.shape[1]), 0, x) for step in steps]
+        return _correlate_dweight_planes(be, dout, x, weight, windows)
+    nonfinite_meets_padding = _nonfinite_meets_padding(be, dout, windows)
+    gathered, steps = _steps(be, weight, windows, groups)
+    totals = [be.full((groups, step.weight.shape[2], step.weight.shape[1]), 0, x.dtype) for step in steps]
 
     def work(n: slice, *o: slice) -> list[Array]:
-        columns = _windows.gather(x, (n,), gathered, _reach(o, steps))
-        if meets_padding:
-            real = _windows.gather(_everywhere(x), (n,), gathered, _reach(o, steps))
-        douts_t = xp.matrix_transpose(_grouped(dout[(n, ..., *o)], groups, weight.shape[0] // groups))
+        columns = im2col(be, x, (n,), gathered, _read_by_steps(o, steps))
+        if nonfinite_meets_padding:
+            real = im2col(be, _all_true_like(be, x), (n,), gathered, _read_by_steps(o, steps))
+        douts_t = xp.matrix_transpose(_grouped(be, dout[(n, ..., *o)], groups, weight.shape[0] // groups))
         products = []
         for step in steps:  # (N, G, I*T, P) @ (N, G, P, J)
-            part = _part(columns, step, o, groups)
-            if meets_padding:
-                product = _masked.matmul(part, douts_t, a_real=_part(real, step, o, groups))
+            part = _part(be, columns, step, o, groups)
+            if nonfinite_meets_padding:
+                product = nan_safe.matmul(be, part, douts_t, a_real=_part(be, real, step, o, groups))
             else:
                 product = part @ douts_t
             products.append(xp.sum(product, axis=0))
@@ -218,8 +234,8 @@ def correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, gr
         for total, product in zip(totals, products, strict=True):
             total[...] += product
 
-    backend.run(work, _tiles(x, weight, windows, gathered), x, collect)
-    dweight = backend.empty(tuple(weight.shape), x)
+    be.run(work, _tiles(be, x, weight, windows, gathered), collect)
+    dweight = be.empty(tuple(weight.shape), x.dtype)
     for total, step in zip(totals, steps, strict=True):
         at = (slice(None), slice(None), step.taps, ...)
         dweight[at] = xp.reshape(xp.matrix_transpose(total), dweight[at].shape)
@@ -229,56 +245,62 @@ def correlate_dweight(dout: Array, x: Array, weight: Array, windows: Windows, gr
 def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
     """Return whether each channel is convolved by itself, with many windows that lie next to each other.
 
-    Then there is nothing for a product of matrices to do, and less to gather: see `_windows.end_to_end`.
+    Then there is nothing for a product of matrices to do, and less to gather: see `end_to_end`.
     """
     alone = weight.shape[0] == groups and weight.shape[1] == 1
-    return alone and all(w.stride == 1 and w.extent <= min(w.out, _NEAR_TAPS) for w in windows)
+    return alone and all(w.stride == 1 and w.extent <= min(w.out, NEAR_TAPS) for w in windows)
 
 
 def _correlation_of_planes(
-    out: Array, x: Array, weight: Array, windows: Windows, bias: Array | None, meets_padding: bool
+    be: Backend,
+    out: Array,
+    x: Array,
+    weight: Array,
+    windows: Windows,
+    bias: Array | None,
+    nonfinite_meets_padding: bool,
 ) -> tuple[Work, Iterator[Tile]]:
     """Return what `_correlation` does, for `_by_planes`: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
-    xp = backend.namespace(x)
-    weights = backend.contiguous(weight[:, 0, ...])  # (C, *K)
-    plain = backend.contiguous(_masked.finite(weights)) if meets_padding else weights
+    xp = be.xp
+    weights = be.contiguous(weight[:, 0, ...])  # (C, *K)
+    plain = be.contiguous(nan_safe.finite(be, weights)) if nonfinite_meets_padding else weights
     addend = None if bias is None else xp.reshape(bias, (-1, 1))
 
     def work(n: slice, c: slice, *o: slice) -> None:
-        rows, steps, shape = _windows.end_to_end(x, (n, c), windows, o)
+        rows, steps, shape = end_to_end(be, x, (n, c), windows, o)
         length = math.prod(shape)
-        total = backend.weighted_runs(rows, plain[c, ...], steps, length)
-        if meets_padding:  # what no NaN or inf reaches keeps its bits
-            real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
+        total = be.weighted_runs(rows, plain[c, ...], steps, length)
+        if nonfinite_meets_padding:  # what no NaN or inf reaches keeps its bits
+            real = end_to_end(be, _all_true_like(be, x), (n, c), windows, o)[0]
             special = xp.astype(~xp.isfinite(weights[c, ...]), x.dtype)
-            reached = backend.weighted_runs(xp.astype(real, x.dtype), special, steps, length) > 0
-            of_real = backend.weighted_runs(rows, weights[c, ...], steps, length, real)
-            total = xp.where(reached, of_real, total)
+            nonfinite_reaches = be.weighted_runs(xp.astype(real, x.dtype), special, steps, length) > 0
+            of_real = be.weighted_runs(rows, weights[c, ...], steps, length, real)
+            total = xp.where(nonfinite_reaches, of_real, total)
         if addend is not None:
             total += addend[c, :]
         own = (slice(0, size) for size in backend.sizes_of(o))
         out[(n, c, *o)] = xp.reshape(total, (*total.shape[:2], *shape))[(..., *own)]
 
-    return work, backend.tiles(tuple(out.shape), 3 * backend.itemsize(x), x, backend.LEAST_LIGHT)
+    return work, be.tiles(tuple(out.shape), 3 * be.itemsize(x), backend.LEAST_LIGHT)
 
 
-def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
+def _correlate_dweight_planes(be: Backend, dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
     """Return what `correlate_dweight` does, for `_by_planes`."""
-    xp = backend.namespace(x)
+    xp = be.xp
     kernel = tuple(weight.shape[2:])
-    dweight = backend.full((weight.shape[0], *kernel), 0, x)
-    finite = backend.all_finite(x) and backend.all_finite(dout)  # what lies between the rows of a run meets a 0
+    dweight = be.full((weight.shape[0], *kernel), 0, x.dtype)
+    finite = be.all_finite(x) and be.all_finite(dout)  # what lies between the rows of a run meets a 0
 
     def work(n: slice, c: slice, *o: slice) -> Array:
-        rows, steps, shape = _windows.end_to_end(x, (n, c), windows, o)
-        douts = _windows.in_runs(dout[(n, c, *o)], shape)
+        rows, steps, shape = end_to_end(be, x, (n, c), windows, o)
+        douts = in_runs(be, dout[(n, c, *o)], shape)
         if finite:
-            products = backend.run_products(rows, douts, kernel, steps)
+            products = be.run_products(rows, douts, kernel, steps)
         else:
-            real = _windows.end_to_end(_everywhere(x), (n, c), windows, o)[0]
-            own = _windows.in_runs(_everywhere(dout)[(n, c, *o)], shape)
+            real = end_to_end(be, _all_true_like(be, x), (n, c), windows, o)[0]
+            own = in_runs(be, _all_true_like(be, dout)[(n, c, *o)], shape)
             each = (
-                _masked.matmul(douts[..., None, :], rows[..., run, None], own[..., None, :], real[..., run, None])
+                nan_safe.matmul(be, douts[..., None, :], rows[..., run, None], own[..., None, :], real[..., run, None])
                 for _, run in backend.runs(kernel, steps, math.prod(shape))
             )
             products = xp.reshape(xp.concat(list(each), axis=-1), (*douts.shape[:2], *kernel))
@@ -287,36 +309,36 @@ def _correlate_dweight_planes(dout: Array, x: Array, weight: Array, windows: Win
     def collect(tile: Tile, part: Array) -> None:
         dweight[tile[1], ...] += part
 
-    backend.run(work, backend.tiles(tuple(dout.shape), 3 * backend.itemsize(x), x, backend.LEAST_LIGHT), x, collect)
+    be.run(work, be.tiles(tuple(dout.shape), 3 * be.itemsize(x), backend.LEAST_LIGHT), collect)
     return xp.reshape(dweight, weight.shape)
 
 
-def _meets_padding(factor: Array, windows: Sequence[Window]) -> bool:
+def _nonfinite_meets_padding(be: Backend, factor: Array, windows: Sequence[Window]) -> bool:
     """Return whether a NaN or inf of `factor`, which gathered taps are multiplied by, may meet the 0 of padding."""
-    return any(window.overreaches for window in windows) and not backend.all_finite(factor)
+    return any(window.overreaches for window in windows) and not be.all_finite(factor)
 
 
-def _everywhere(x: Array) -> Array:
+def _all_true_like(be: Backend, x: Array) -> Array:
     """Return True for every element of `x`, in no memory; gathered, it tells elements from padding."""
-    xp = backend.namespace(x)
-    return xp.broadcast_to(backend.full((1,), 1, x, xp.bool), x.shape)
+    xp = be.xp
+    return xp.broadcast_to(be.full((1,), 1, xp.bool), x.shape)
 
 
-def _grouped(array: Array, groups: int, rows: int) -> Array:
+def _grouped(be: Backend, array: Array, groups: int, rows: int) -> Array:
     """Return an array (N, G*rows or G*I, T, ..., *O) as (N, G, rows, P)."""
     positions = math.prod(array.shape[1:]) // (groups * rows)
-    return backend.in_rows(backend.namespace(array).reshape(array, (array.shape[0], groups, rows, positions)))
+    return be.in_rows(be.xp.reshape(array, (array.shape[0], groups, rows, positions)))
 
 
-def _biased(shape: tuple[int, ...], bias: Array | None, like: Array) -> Array:
+def _biased(be: Backend, shape: tuple[int, ...], bias: Array | None, like: Array) -> Array:
     """Return a new array that holds the bias of each channel, or 0."""
-    out = backend.full(shape, 0, like)
+    out = be.full(shape, 0, like.dtype)
     if bias is not None:
-        out[...] = backend.namespace(bias).reshape(bias, (-1, *(1 for _ in shape[2:])))
+        out[...] = be.xp.reshape(bias, (-1, *(1 for _ in shape[2:])))
     return out
 
 
-def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iterator[Tile]:
+def _tiles(be: Backend, x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iterator[Tile]:
     """Cut batch and windows into tiles; a window costs its columns and what comes out of them.
 
     Where the first dimension is not gathered, tiles are as long along it as can be: each reads some lines beyond.
@@ -325,5 +347,5 @@ def _tiles(x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iter
     first, *others = (w.out for w in windows)
     outer = max(0, len(others) - 1) if gathered != windows else 0  # dimensions that are cut before the first one is
     shape = (x.shape[0], *others[:outer], first, *others[outer:])
-    tiles = backend.tiles(shape, per_window * backend.itemsize(x), x)
+    tiles = be.tiles(shape, per_window * be.itemsize(x))
     return ((n, o[outer], *o[:outer], *o[outer + 1 :]) for n, *o in tiles)
