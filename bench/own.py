@@ -1,6 +1,6 @@
-"""refimpl on its backends, textbook NumPy, and the ceilings: what the house brings itself.
+"""refimpl on its backends, its textbook on NumPy, and the ceilings: what the house brings itself.
 
-refimpl and textbook NumPy are stateless: a backward recomputes what it needs from the arguments. `max_pool_backward` is
+refimpl and its textbook are stateless: a backward recomputes what it needs from the arguments. `max_pool_backward` is
 given the indices of the forward, which PyTorch saves, too. Multi-head attention is self-attention, so its gradients are
 those of x and of the two weights.
 """
@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from bench import measure, textbook
+from bench import measure
 from bench.contestant import Calls, Contestant, arrays_of, nbytes
 from bench.workloads import DIRECTIONS, Workload
 
 
 class Refimpl(Contestant):
     """refimpl on NumPy."""
+
+    library = "refimpl"
 
     def describe(self) -> dict[str, str]:
         """Return the versions; refimpl's own is known without its being installed."""
@@ -31,9 +33,8 @@ class Refimpl(Contestant):
 
     def calls(self, workload: Workload) -> Calls:
         """Return what to time."""
-        import refimpl
-
-        f, f_backward = getattr(refimpl, workload.op), getattr(refimpl, f"{workload.op}_backward")
+        library = importlib.import_module(self.library)
+        f, f_backward = getattr(library, workload.op), getattr(library, f"{workload.op}_backward")
         x, *others = arrays = [self.asarray(array) for array in workload.arrays()]
         dout, options = self.asarray(workload.dout()), dict(workload.options)
         if "key_lengths" in options:
@@ -94,14 +95,10 @@ class RefimplCupy(Refimpl):
         return measure.cupy_extra_memory(call, nbytes)
 
 
-class Textbook(Contestant):
-    """Plain NumPy as one would first write it."""
+class Textbook(Refimpl):
+    """`refimpl.textbook` on NumPy: the same mathematics as one would first write it."""
 
-    def calls(self, workload: Workload) -> Calls:
-        """Return what to time."""
-        f, f_backward = getattr(textbook, workload.op), getattr(textbook, f"{workload.op}_backward")
-        arrays, dout, options = workload.arrays(), workload.dout(), workload.options
-        return {"forward": lambda: f(*arrays, **options), "backward": lambda: f_backward(dout, *arrays, **options)}
+    library = "refimpl.textbook"
 
 
 class Ceiling(Contestant):

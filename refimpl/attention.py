@@ -3,11 +3,12 @@
 H heads (Hq of the queries, Hkv of keys and values); L length; E features.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _checks, backend
 from ._engine.softmax import attend, attend_backward, attention_probabilities
 from ._engine.visibility import AttentionCall, as_given, prepare
+from ._grads import AttentionGrads, AttentionWeightsGrads
 from .backend import Array, Backend
 
 __all__ = [
@@ -20,25 +21,6 @@ __all__ = [
 ]
 
 Window = tuple[int | None, int | None]
-
-
-class AttentionGrads(NamedTuple):
-    """The gradients of attention: each has the shape of its argument, and is None if the argument was."""
-
-    dquery: Array
-    dkey: Array
-    dvalue: Array
-    dbias: Array | None
-    dsink: Array | None
-
-
-class AttentionWeightsGrads(NamedTuple):
-    """The gradients of the weights of attention: as in `AttentionGrads`."""
-
-    dquery: Array
-    dkey: Array
-    dbias: Array | None
-    dsink: Array | None
 
 
 @backend.op

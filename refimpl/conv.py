@@ -7,25 +7,17 @@ N batch; C channels; `*K` the kernel; `*S` the sizes that windows slide over; `*
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from . import _checks, backend
 from ._engine.correlate import correlate, correlate_dweight, correlate_dx
 from ._engine.im2col import fill_padding, fold_padding
+from ._grads import ConvGrads
 from .backend import Array, Backend, Tile
 
 __all__ = ["ConvGrads", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward"]
 
 Ints = int | Sequence[int]
 Pads = int | str | Sequence[int | Sequence[int]]
-
-
-class ConvGrads(NamedTuple):
-    """The gradients of a convolution: each has the shape of its argument; `dbias` is None if `bias` was."""
-
-    dx: Array
-    dweight: Array
-    dbias: Array | None
 
 
 @backend.op

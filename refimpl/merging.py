@@ -5,20 +5,13 @@ S parts; L length; E features.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 from . import _checks, backend
 from ._engine import nan_safe
+from ._grads import MergeGrads
 from .backend import Array, Backend
 
 __all__ = ["MergeGrads", "merge_attention", "merge_attention_backward"]
-
-
-class MergeGrads(NamedTuple):
-    """The gradients of a merge, of the shapes and dtypes of its arguments."""
-
-    douts: Array
-    dlogsumexps: Array
 
 
 @backend.op

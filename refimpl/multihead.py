@@ -4,7 +4,7 @@ H heads; L length (Lq, Lk); E features that come in, D those that a projection p
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _checks, backend
 from ._engine.projections import (
@@ -22,21 +22,11 @@ from ._engine.projections import (
 )
 from ._engine.softmax import attend, attend_backward, attention_probabilities
 from ._engine.visibility import AttentionCall, as_given, prepare
+from ._grads import MultiHeadGrads
 from .attention import Window
 from .backend import Array, Backend
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]
-
-
-class MultiHeadGrads(NamedTuple):
-    """The gradients of multi-head attention; `dparams` has the keys of `params`. None where the argument was."""
-
-    dquery: Array
-    dkey: Array
-    dvalue: Array
-    dparams: dict[str, Array] | None
-    dbias: Array | None
-    dsink: Array | None
 
 
 @backend.op

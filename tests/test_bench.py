@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 import refimpl
-from bench import measure, own, report, textbook
+from bench import measure, own, report
 from bench.__main__ import arguments
 from bench.contestant import arrays_of, nbytes
-from bench.runner import CONTESTANTS, Worker, processes, run
+from bench.runner import CONTESTANTS, Worker, compare, processes, run
 from bench.workloads import ATTENTION, DIRECTIONS, LADDERS, QUICK, WORKLOADS, Workload
 
 TINY = (
@@ -82,14 +82,6 @@ def test_textbook_computes_the_same(workload):
             np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
-def test_textbook_pools_adaptively_to_one_point_only():
-    x = np.ones((1, 1, 4, 4))
-    with pytest.raises(NotImplementedError):
-        textbook.adaptive_avg_pool(x, 2)
-    with pytest.raises(NotImplementedError):
-        textbook.adaptive_avg_pool_backward(x, x, 2)
-
-
 @pytest.mark.parametrize("workload", TINY, ids=named)
 def test_the_shape_of_the_output_is_the_real_one(workload):
     assert own.Refimpl(1).calls(workload)["forward"]().shape == workload.out_shape()
@@ -152,12 +144,16 @@ def test_a_wrong_result_is_not_timed(tmp_path):
         Worker.check("backward", file)
 
 
-def test_who_cannot_do_a_workload_is_named_and_the_others_are_timed():
-    workload = Workload("to two points", "adaptive_avg_pool", ((1, 1, 4, 4),), {"output_size": 2})
-    result = run([workload], ["refimpl", "textbook"], threads=1, rounds=1, budget=1e-4)
-    assert [error.partition(",")[0] for error in report.errors(result)] == ["textbook: to two points"] * 2
-    assert set(report.records(result, "refimpl")) == {("to two points", "forward"), ("to two points", "backward")}
-    assert report.records(result, "textbook") == {}
+def test_who_cannot_do_a_workload_is_named_and_the_others_are_compared(tmp_path):
+    def refuses(method, *_):
+        raise NotImplementedError(f"not {method.__name__}")
+
+    Worker.start("refimpl", 1)
+    asks = {"refimpl": lambda method, *args: method(*args), "other": refuses}
+    result = {"results": compare(TINY[7], asks, tmp_path / "expected.npz")}
+    assert report.errors(result) == ["other: adaptive, both: NotImplementedError: not prepare"]
+    fine = [(r["contestant"], r["direction"]) for r in result["results"] if not r["error"]]
+    assert fine == [("refimpl", "forward"), ("refimpl", "backward")]
 
 
 def test_the_processes_have_one_number_of_threads_and_the_best_kernels(monkeypatch):
