@@ -9,6 +9,7 @@ from . import _checks, backend
 from ._engine.softmax import attend, attend_backward, attention_probabilities
 from ._engine.visibility import AttentionCall, as_given, prepare
 from ._grads import AttentionGrads, AttentionWeightsGrads
+from ._options import AttentionOptions, Window, takes_attention_options
 from .backend import Array, Backend
 
 __all__ = [
@@ -19,8 +20,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
 ]
-
-Window = tuple[int | None, int | None]
 
 
 @backend.op
@@ -126,11 +125,11 @@ def scaled_dot_product_attention(
     array([[2.]])
     """
     name = "scaled_dot_product_attention"
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
-    }  # fmt: skip
+    options = AttentionOptions(
+        bias=bias, mask=mask, is_causal=is_causal, window=window, query_offset=query_offset,
+        query_lengths=query_lengths, key_lengths=key_lengths, sink=sink, scale=scale, softcap=softcap,
+        dropout_mask=dropout_mask, dropout_p=dropout_p,
+    )  # fmt: skip
     _checks.flag(name, "return_logsumexp", return_logsumexp)
     be = backend.of(query)
     call = _checked(be, name, {"query": query, "key": key, "value": value}, options)
@@ -140,26 +139,16 @@ def scaled_dot_product_attention(
 
 
 @backend.op
+@takes_attention_options()
 def scaled_dot_product_attention_backward(
     dout: Array,
     query: Array,
     key: Array,
     value: Array,
     *,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    is_causal: bool = False,
-    window: Window | None = None,
-    query_offset: int | Array = 0,
-    query_lengths: Array | None = None,
-    key_lengths: Array | None = None,
-    sink: Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout_mask: Array | None = None,
-    dropout_p: float = 0.0,
     return_logsumexp: bool = False,
     dlogsumexp: Array | None = None,
+    **options: Any,
 ) -> AttentionGrads:
     """Return the gradients of `sum(dout * scaled_dot_product_attention(query, key, value, ...))`.
 
@@ -212,36 +201,27 @@ def scaled_dot_product_attention_backward(
            [0.5]]))
     """
     name = "scaled_dot_product_attention_backward"
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
-    }  # fmt: skip
+    given = AttentionOptions(**options)
     _checks.flag(name, "return_logsumexp", return_logsumexp)
     arrays = {"query": query, "key": key, "value": value, "dout": dout}
     be = backend.of(query)
-    call = _checked(be, name, arrays, options, dlogsumexp)
+    call = _checked(be, name, arrays, given, dlogsumexp)
     grads = attend_backward(call, dout, dlogsumexp)
-    shaped = (as_given(be, grad, array) for grad, array in zip(grads, (query, key, value, bias, sink), strict=True))
+    shaped = (
+        as_given(be, grad, array)
+        for grad, array in zip(grads, (query, key, value, given.bias, given.sink), strict=True)
+    )
     return be.rounded(AttentionGrads(*shaped), like=query)
 
 
 @backend.op
+@takes_attention_options("dropout_mask", "dropout_p")
 def attention_weights(
     query: Array,
     key: Array,
     *,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    is_causal: bool = False,
-    window: Window | None = None,
-    query_offset: int | Array = 0,
-    query_lengths: Array | None = None,
-    key_lengths: Array | None = None,
-    sink: Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     return_logsumexp: bool = False,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """Return how much weight every query gives to every key: the softmax of its scores.
 
@@ -282,36 +262,25 @@ def attention_weights(
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-    }  # fmt: skip
+    given = AttentionOptions(**options)
     _checks.flag("attention_weights", "return_logsumexp", return_logsumexp)
     be = backend.of(query)
-    call = _checked(be, "attention_weights", {"query": query, "key": key}, options)
+    call = _checked(be, "attention_weights", {"query": query, "key": key}, given)
     weights, logsumexp = attention_probabilities(call)
     weights = be.rounded(weights, like=query)
     return (weights, logsumexp) if return_logsumexp else weights
 
 
 @backend.op
+@takes_attention_options("dropout_mask", "dropout_p")
 def attention_weights_backward(
     dout: Array,
     query: Array,
     key: Array,
     *,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    is_causal: bool = False,
-    window: Window | None = None,
-    query_offset: int | Array = 0,
-    query_lengths: Array | None = None,
-    key_lengths: Array | None = None,
-    sink: Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     return_logsumexp: bool = False,
     dlogsumexp: Array | None = None,
+    **options: Any,
 ) -> AttentionWeightsGrads:
     """Return the gradients of `sum(dout * attention_weights(query, key, ...))`.
 
@@ -351,21 +320,21 @@ def attention_weights_backward(
     array([[0.25]])
     """
     name = "attention_weights_backward"
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-    }  # fmt: skip
+    given = AttentionOptions(**options)
     _checks.flag(name, "return_logsumexp", return_logsumexp)
     be = backend.of(query)
-    call = _checked(be, name, {"query": query, "key": key, "dout": dout}, options, dlogsumexp)
+    call = _checked(be, name, {"query": query, "key": key, "dout": dout}, given, dlogsumexp)
     dquery, dkey, _, dbias, dsink = attend_backward(call, dout, dlogsumexp)
-    shaped = (as_given(be, g, a) for g, a in zip((dquery, dkey, dbias, dsink), (query, key, bias, sink), strict=True))
+    shaped = (
+        as_given(be, g, a)
+        for g, a in zip((dquery, dkey, dbias, dsink), (query, key, given.bias, given.sink), strict=True)
+    )
     return be.rounded(AttentionWeightsGrads(*shaped), like=query)
 
 
 def _checked(
-    be: Backend, function: str, arrays: dict[str, Array], options: dict[str, Any], dlogsumexp: Array | None = None
+    be: Backend, function: str, arrays: dict[str, Array], options: AttentionOptions, dlogsumexp: Array | None = None
 ) -> AttentionCall:
     """Check the arguments and bring them into the form that the tiles use."""
     scores = _checks.attention(function, arrays, options, dlogsumexp)
-    return prepare(be, arrays, scores, **options)
+    return prepare(be, arrays, scores, options)

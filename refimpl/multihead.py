@@ -23,13 +23,14 @@ from ._engine.projections import (
 from ._engine.softmax import attend, attend_backward, attention_probabilities
 from ._engine.visibility import AttentionCall, as_given, prepare
 from ._grads import MultiHeadGrads
-from .attention import Window
+from ._options import AttentionOptions, takes_attention_options
 from .backend import Array, Backend
 
 __all__ = ["MultiHeadGrads", "multi_head_attention", "multi_head_attention_backward"]
 
 
 @backend.op
+@takes_attention_options()
 def multi_head_attention(
     query: Array,
     key: Array,
@@ -41,18 +42,7 @@ def multi_head_attention(
     need_weights: bool = False,
     average_weights: bool = True,
     add_zero_attn: bool = False,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    is_causal: bool = False,
-    window: Window | None = None,
-    query_offset: int | Array = 0,
-    query_lengths: Array | None = None,
-    key_lengths: Array | None = None,
-    sink: Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout_mask: Array | None = None,
-    dropout_p: float = 0.0,
+    **options: Any,
 ) -> Array | tuple[Array, Array]:
     """Project query, key and value, split them into heads, let every head attend, concatenate, and project again.
 
@@ -124,19 +114,15 @@ def multi_head_attention(
     >>> multi_head_attention(x, x, x, num_heads=2, is_causal=True)[0]
     array([1., 0., 1., 3.])
     """
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
-    }  # fmt: skip
+    given = AttentionOptions(**options)
     arrays = {"query": query, "key": key, "value": value}
     found = _checks.multi_head(
-        "multi_head_attention", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        "multi_head_attention", arrays, params, given, num_heads=num_heads, num_kv_heads=num_kv_heads,
         need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
     )  # fmt: skip
     be = backend.of(query)
     arrays, params = be.widened(arrays, params)
-    heads, call = _into_heads(be, found, arrays, params, options, add_zero_attn)
+    heads, call = _into_heads(be, found, arrays, params, given, add_zero_attn)
     out = join(be, attend(call)[0])
     if params is not None:
         hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
@@ -151,6 +137,7 @@ def multi_head_attention(
 
 
 @backend.op
+@takes_attention_options()
 def multi_head_attention_backward(
     dout: Array,
     query: Array,
@@ -163,18 +150,7 @@ def multi_head_attention_backward(
     need_weights: bool = False,
     average_weights: bool = True,
     add_zero_attn: bool = False,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    is_causal: bool = False,
-    window: Window | None = None,
-    query_offset: int | Array = 0,
-    query_lengths: Array | None = None,
-    key_lengths: Array | None = None,
-    sink: Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout_mask: Array | None = None,
-    dropout_p: float = 0.0,
+    **options: Any,
 ) -> MultiHeadGrads:
     """Return the gradients of `sum(dout * multi_head_attention(query, key, value, params, ...))`.
 
@@ -222,22 +198,18 @@ def multi_head_attention_backward(
     array([[1., 1., 1., 1.],
            [1., 1., 1., 1.]])
     """
-    options = {
-        "bias": bias, "mask": mask, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "sink": sink, "scale": scale, "softcap": softcap,
-        "dropout_mask": dropout_mask, "dropout_p": dropout_p,
-    }  # fmt: skip
+    given = AttentionOptions(**options)
     arrays = {"query": query, "key": key, "value": value, "dout": dout}
     found = _checks.multi_head(
-        "multi_head_attention_backward", arrays, params, options, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        "multi_head_attention_backward", arrays, params, given, num_heads=num_heads, num_kv_heads=num_kv_heads,
         need_weights=need_weights, average_weights=average_weights, add_zero_attn=add_zero_attn,
     )  # fmt: skip
     be = backend.of(query)
     arrays, params = be.widened(arrays, params)
-    heads, call = _into_heads(be, found, arrays, params, options, add_zero_attn)
+    heads, call = _into_heads(be, found, arrays, params, given, add_zero_attn)
     dout, tokens = arrays["dout"], [arrays[name] for name in ("query", "key", "value")]
     if params is None:
-        dheads, dbias, dsink = _heads_backward(call, dout, heads, bias, sink)
+        dheads, dbias, dsink = _heads_backward(call, dout, heads, given)
         dquery, dkey, dvalue = (join(be, d[..., : x.shape[-2], :]) for d, x in zip(dheads, tokens, strict=True))
         return be.rounded(MultiHeadGrads(dquery, dkey, dvalue, None, dbias, dsink), like=query)
     hidden = find_hidden(call, heads, (*arrays.values(), *params.values()))
@@ -245,7 +217,7 @@ def multi_head_attention_backward(
     djoined, dout_proj = apply_backward(
         be, dout, join(be, attend(call)[0]), out_proj(params), hidden, x_real=real.joined
     )
-    dheads, dbias, dsink = _heads_backward(call, djoined, heads, bias, sink)
+    dheads, dbias, dsink = _heads_backward(call, djoined, heads, given)
     dappended = {
         name: append_backward(be, dhead, x.shape[-2], params[name])
         for name, dhead, x in zip(("bias_k", "bias_v"), dheads[1:], tokens[1:], strict=True)
@@ -268,7 +240,7 @@ def _into_heads(
     found: _checks.Heads,
     arrays: Mapping[str, Array],
     params: Mapping[str, Array] | None,
-    options: dict[str, Any],
+    options: AttentionOptions,
     add_zero_attn: bool,
 ) -> tuple[list[Array], AttentionCall]:
     """Return query, key and value as they enter the heads, (..., H, L, D / H), and the call of attention with them."""
@@ -284,13 +256,15 @@ def _into_heads(
         "value": append(be, value, bias_v, add_zero_attn),
     }
     scores = (*found.scores[:-1], found.scores[-1] + found.num_appended_keys)
-    return list(heads.values()), prepare(be, heads, scores, num_appended_keys=found.num_appended_keys, **options)
+    return list(heads.values()), prepare(be, heads, scores, options, found.num_appended_keys)
 
 
 def _heads_backward(
-    call: AttentionCall, djoined: Array, heads: list[Array], bias: Array | None, sink: Array | None
+    call: AttentionCall, djoined: Array, heads: list[Array], options: AttentionOptions
 ) -> tuple[list[Array], Array | None, Array | None]:
     """Return the gradients of query, key and value as they entered the heads, of the bias and of the sink."""
     grads = attend_backward(call, split(call.be, djoined, call.scores[-3]), None)
-    *dheads, dbias, dsink = (as_given(call.be, g, a) for g, a in zip(grads, (*heads, bias, sink), strict=True))
+    *dheads, dbias, dsink = (
+        as_given(call.be, g, a) for g, a in zip(grads, (*heads, options.bias, options.sink), strict=True)
+    )
     return dheads, dbias, dsink

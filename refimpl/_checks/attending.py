@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import backend
+from .._options import AttentionOptions
 from ..backend import Array, Backend, shown
 from .common import (
     LARGEST,
@@ -27,16 +28,16 @@ _REST = ("in_proj_bias", "out_proj.weight", "out_proj.bias")
 
 
 def attention(
-    function: str, arrays: Mapping[str, Array], options: Mapping[str, Any], dlogsumexp: Array | None = None
+    function: str, arrays: Mapping[str, Array], options: AttentionOptions, dlogsumexp: Array | None = None
 ) -> tuple[int, ...]:
     """Check `query`, `key`, perhaps `value` and `dout`, and all options; returns the shape of the scores."""
     required(function, arrays)
-    floating(function, **arrays, bias=options["bias"], sink=options["sink"])
+    floating(function, **arrays, bias=options.bias, sink=options.sink)
     query, key, *values = attention_rows(function, {n: arrays[n] for n in arrays if n != "dout"})
     scores = _scores(function, query, key, values)
     result(function, arrays, (*scores[:-1], values[0].shape[-1]) if values else scores)
     logsumexp(function, "dlogsumexp", dlogsumexp, query, scores[:-1])
-    _options(function, query, scores, scores, **options)
+    _options(function, query, scores, scores, options)
     return scores
 
 
@@ -74,27 +75,12 @@ def _scores(function: str, query: Array, key: Array, values: list[Array]) -> tup
 
 
 def _options(
-    function: str,
-    like: Array,
-    scores: tuple[int, ...],
-    weights: tuple[int, ...],
-    *,
-    bias: Array | None,
-    mask: Array | None,
-    is_causal: object,
-    window: object,
-    query_offset: object,
-    query_lengths: Array | None,
-    key_lengths: Array | None,
-    sink: Array | None,
-    scale: object,
-    softcap: object,
-    dropout_mask: Array | None = None,
-    dropout_p: object = 0.0,
+    function: str, like: Array, scores: tuple[int, ...], weights: tuple[int, ...], options: AttentionOptions
 ) -> None:
     """Check the options that shape the scores, `(..., Hq, Lq, Lk)`, and the weights; `like` is an array of the call."""
     batch = scores[:-3]
-    for name, array, shape in (("bias", bias, scores), ("mask", mask, scores), ("dropout_mask", dropout_mask, weights)):
+    for name, shape in (("bias", scores), ("mask", scores), ("dropout_mask", weights)):
+        array = getattr(options, name)
         if array is not None:
             be = backend.common(function, {"query": like, name: array})
             if name != "bias" and array.dtype != be.xp.bool:
@@ -102,22 +88,23 @@ def _options(
             if broadcast([tuple(array.shape), shape]) != shape:
                 rule = f"broadcast to the {'weights' if name == 'dropout_mask' else 'scores'}, {shape}"
                 fail(ValueError, function, name, rule, shapes_of(**{name: array}))
-    flag(function, "is_causal", is_causal)
-    _window(function, window)
+    flag(function, "is_causal", options.is_causal)
+    _window(function, options.window)
     heads = scores[-3] if len(scores) > 2 else 1
+    sink, scale, softcap = options.sink, options.scale, options.softcap
     if sink is not None and tuple(sink.shape) != (heads,):
         fail(ValueError, function, "sink", f"have shape ({heads},), one for each head", shapes_of(sink=sink))
     if scale is not None:
         number(function, "scale", scale)
     if softcap is not None and number(function, "softcap", softcap) <= 0:
         fail(ValueError, function, "softcap", "be above 0", shown(softcap))
-    _dropout(function, dropout_mask, dropout_p)
-    if backend.is_array(query_offset):
-        _batch_integers(function, like, "query_offset", query_offset, batch)
-    elif not backend.is_number(query_offset):
-        fail(TypeError, function, "query_offset", "be an int or an integer array", shown(query_offset))
-    _lengths(function, like, "query_lengths", query_lengths, batch, scores[-2])
-    _lengths(function, like, "key_lengths", key_lengths, batch, scores[-1])
+    _dropout(function, options.dropout_mask, options.dropout_p)
+    if backend.is_array(options.query_offset):
+        _batch_integers(function, like, "query_offset", options.query_offset, batch)
+    elif not backend.is_number(options.query_offset):
+        fail(TypeError, function, "query_offset", "be an int or an integer array", shown(options.query_offset))
+    _lengths(function, like, "query_lengths", options.query_lengths, batch, scores[-2])
+    _lengths(function, like, "key_lengths", options.key_lengths, batch, scores[-1])
 
 
 def _dropout(function: str, dropout_mask: Array | None, dropout_p: object) -> None:
@@ -177,7 +164,7 @@ def multi_head(
     function: str,
     arrays: Mapping[str, Array],
     params: Mapping[str, Array] | None,
-    options: Mapping[str, Any],
+    options: AttentionOptions,
     *,
     num_heads: object,
     num_kv_heads: object,
@@ -194,7 +181,7 @@ def multi_head(
     flag(function, "need_weights", need_weights)
     flag(function, "average_weights", average_weights)
     named = {} if params is None else _parameters(function, params, packed=kv_heads == heads)
-    floating(function, **arrays, **named, bias=options["bias"], sink=options["sink"])
+    floating(function, **arrays, **named, bias=options.bias, sink=options.sink)
     query, key, value = attention_rows(function, {n: arrays[n] for n in arrays if n != "dout"})
     batch = broadcast([tuple(array.shape[:-2]) for array in (query, key, value)])
     if batch is None:
@@ -206,7 +193,7 @@ def multi_head(
     scores = (*batch, heads, int(query.shape[-2]), int(key.shape[-2]))
     if need_weights:
         result(function, {}, (*scores[:-1], scores[-1] + appended))
-    _options(function, query, scores, (*scores[:-1], scores[-1] + appended), **options)
+    _options(function, query, scores, (*scores[:-1], scores[-1] + appended), options)
     return Heads(heads, kv_heads, appended, scores)
 
 

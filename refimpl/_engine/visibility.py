@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .. import backend
+from .._options import AttentionOptions
 from ..backend import Array, Backend, Tile
 from . import nan_safe
 
@@ -105,35 +106,30 @@ def prepare(
     be: Backend,
     arrays: Mapping[str, Array],
     scores: tuple[int, ...],
-    *,
-    bias: Array | None,
-    mask: Array | None,
-    is_causal: bool,
-    window: tuple[int | None, int | None] | None,
-    query_offset: int | Array,
-    query_lengths: Array | None,
-    key_lengths: Array | None,
-    sink: Array | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout_mask: Array | None = None,
-    dropout_p: float = 0.0,
+    options: AttentionOptions,
     num_appended_keys: int = 0,
 ) -> AttentionCall:
     """Bring checked arguments into the form that the tiles use, half types as float32.
 
     `scores` is the shape of the scores, appended keys included.
     """
-    query, key, value, bias, sink = be.widened(arrays["query"], arrays["key"], arrays.get("value"), bias, sink)
+    query, key, value, bias, sink = be.widened(
+        arrays["query"], arrays["key"], arrays.get("value"), options.bias, options.sink
+    )
     kv_heads = int(key.shape[-3]) if key.ndim > 2 else 1
     heads = scores[-3] if len(scores) > 2 else 1
     space = (*scores[:-3], kv_heads, heads // kv_heads, scores[-2])
-    first, last = _band(be, is_causal, window, query_offset, space, key)
-    has_hidden_pairs = any(option is not None for option in (bias, mask, first, last, query_lengths, key_lengths))
+    first, last = _band(be, options, space, key)
+    query_lengths, key_lengths = (
+        None if lengths is None else _per_batch(be, lengths, space)
+        for lengths in (options.query_lengths, options.key_lengths)
+    )
+    hiding = (bias, options.mask, first, last, query_lengths, key_lengths)
+    has_hidden_pairs = any(option is not None for option in hiding)
 
     smallest, largest = be.float_range(query)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    cap = None if softcap is None else float(softcap)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if options.scale is None else float(options.scale)
+    cap = None if options.softcap is None else float(options.softcap)
     if cap is not None:
         cap = None if cap > largest else max(cap, smallest)  # beyond the largest number, no score comes near it
 
@@ -150,16 +146,16 @@ def prepare(
         key=split(key),
         value=split(value),
         bias=split(bias),
-        mask=split(mask),
+        mask=split(options.mask),
         first=first,
         last=last,
-        query_lengths=None if query_lengths is None else _per_batch(be, query_lengths, space),
-        key_lengths=None if key_lengths is None else _per_batch(be, key_lengths, space),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
         sink=None if sink is None else split(be.xp.reshape(sink, (-1, 1, 1))),
         scale=max(-largest, min(factor, largest)),
         softcap=cap,
-        dropout_mask=split(dropout_mask),
-        keep_prob=1.0 - float(dropout_p),
+        dropout_mask=split(options.dropout_mask),
+        keep_prob=1.0 - float(options.dropout_p),
         num_appended_keys=num_appended_keys,
         has_hidden_pairs=has_hidden_pairs,
         finite=finite,
@@ -173,7 +169,7 @@ def _bounded(
     query: Array,
     key: Array,
     value: Array | None,
-    add_broadcast: tuple[Array | None, ...],
+    logits: tuple[Array | None, ...],
     scale: float,
     largest: float,
 ) -> bool:
@@ -182,22 +178,17 @@ def _bounded(
     scaled = abs(scale) * math.sqrt(q)
     bounded = all(map(math.isfinite, v)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
     # Of a bias or a sink, -inf and what is added up to it do no harm: they hide.
-    return bounded and all(a is None or 0 in a.shape or be.largest(a) < largest / 2 for a in add_broadcast)
+    return bounded and all(a is None or 0 in a.shape or be.largest(a) < largest / 2 for a in logits)
 
 
 def _band(
-    be: Backend,
-    is_causal: bool,
-    window: tuple[int | None, int | None] | None,
-    query_offset: int | Array,
-    space: tuple[int, ...],
-    key: Array,
+    be: Backend, options: AttentionOptions, space: tuple[int, ...], key: Array
 ) -> tuple[int | Array | None, int | Array | None]:
     """Return between which keys, counted from its own number, a query sees any; None: up to the border."""
-    left, right = (None if side is None else int(side) for side in window or (None, None))
-    if is_causal:
+    left, right = (None if side is None else int(side) for side in options.window or (None, None))
+    if options.is_causal:
         right = 0
-    offset = query_offset if backend.is_array(query_offset) else int(query_offset)
+    offset = options.query_offset if backend.is_array(options.query_offset) else int(options.query_offset)
     first = None if left is None else _shifted(be, offset, -left, space, key)
     last = None if right is None else _shifted(be, offset, right, space, key)
     return first, last
