@@ -11,9 +11,10 @@ from .attention import (
     scaled_dot_product_attention_backward,
 )
 from .conv import ConvGrads, conv, conv_backward, conv_transpose, conv_transpose_backward
+from .lp import lp_pool, lp_pool_backward
 from .merging import MergeGrads, merge_attention, merge_attention_backward
 from .multihead import MultiHeadGrads, multi_head_attention, multi_head_attention_backward
-from .pool import avg_pool, avg_pool_backward, lp_pool, lp_pool_backward, max_pool, max_pool_backward
+from .pool import avg_pool, avg_pool_backward, max_pool, max_pool_backward
 from .unpool import max_unpool, max_unpool_backward
 
 __version__ = "0.1.0"

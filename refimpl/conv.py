@@ -134,9 +134,9 @@ def conv_backward(
     Notes
     -----
     `out` is linear in each argument, so each gradient is the adjoint of that linear map. Per group, with
-    `columns = gather(x)` of shape (I*T, P) and `out = weight @ columns + bias`:
+    `columns = im2col(x)` of shape (I*T, P) and `out = weight @ columns + bias`:
 
-        dcolumns = weight^T @ dout,   dx = add_back(dcolumns)
+        dcolumns = weight^T @ dout,   dx = col2im(dcolumns)
         dweight  = dout @ columns^T   (summed over the batch)
         dbias    = dout summed over everything but the channel
 
@@ -283,7 +283,7 @@ def conv_transpose_backward(
     `dx` is `conv(dout)` with the same weight, and `dweight` is that of a convolution with the roles of its input and of
     its gradient exchanged:
 
-        dx = weight @ gather(dout),   dweight = x @ gather(dout)^T,   dbias = dout summed
+        dx = weight @ im2col(dout),   dweight = x @ im2col(dout)^T,   dbias = dout summed
 
     References
     ----------

@@ -16,7 +16,7 @@ LAYERS = [
     "backend.cupy", "backend.torch", "backend", "_grads", "_options", "textbook",
     "_engine.geometry", "_engine.nan_safe", "_engine.im2col", "_engine.correlate", "_engine.pooling",
     "_engine.visibility", "_engine.softmax", "_engine.projections", "_engine", "_checks",
-    "conv", "pool", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
+    "conv", "pool", "lp", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
 ]  # fmt: skip
 
 

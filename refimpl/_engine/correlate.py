@@ -1,11 +1,11 @@
-"""The three moves on windows that convolution is made of, each one a loop over tiles.
+"""The three products of convolution, each a loop over tiles; untiled in `textbook/convolution.py`.
 
-    correlate           out = weight @ gather(x)              conv, and the dx of conv_transpose
-    correlate_dx        dx  = add_back(weight^T @ dout)       the dx of conv, and conv_transpose: a correlation, too
-    correlate_dweight   dweight = dout @ gather(x)^T          the dweight of both
+    correlate           out = weight @ im2col(x)              conv, and the dx of conv_transpose
+    correlate_dx        dx  = col2im(weight^T @ dout)         the dx of conv, and conv_transpose
+    correlate_dweight   dweight = dout @ im2col(x)^T          the dweight of both
 
-N batch; C channels; G groups; I, J channels of one group that go in, and come out; T taps of the kernel; P positions
-that a tile puts out; `*S` the spatial sizes that windows slide over; `*O` how many windows there are along each.
+N batch; C channels; G groups; I, J input and output channels of one group; T taps of the kernel; P output positions
+of a tile; `*S` the spatial sizes; `*O` the number of windows along each dimension.
 """
 
 import itertools
@@ -19,36 +19,38 @@ from . import nan_safe
 from .geometry import Window, Windows
 from .im2col import col2im, end_to_end, im2col, in_runs
 
-MANY_WINDOWS = 512  # from which on it pays to multiply each line of taps by itself
-FEWER_CHANNELS = 4  # times fewer that come out of a gradient than go in make it pay to multiply before adding back
-FEW_COLUMNS = 1 << 17  # up to which that also takes less time than to see to every phase
-NEAR_TAPS = 32  # elements, within which the taps of windows lie that share what a tile reads
-ENOUGH_ROWS = 32  # of a matrix, from which on a product is as fast as any
+MANY_WINDOWS = 512  # with at least so many windows, a product per line of taps is faster than one product of all taps
+FEWER_CHANNELS = 4  # with so many times fewer input than output channels, col2im is faster than a correlation
+FEW_COLUMNS = 1 << 17  # up to so many elements of columns, col2im is faster than one correlation per phase
+NEAR_TAPS = 32  # depthwise: the largest extent of a kernel, in elements, for which windows share what a tile reads
+ENOUGH_ROWS = 32  # a matrix of at least so many rows is multiplied at full speed
 
 Work = Callable[..., None]
 
 
 class _Step(NamedTuple):
-    """Taps that are multiplied at once."""
+    """One product: some of the taps along the first spatial dimension, all of the others."""
 
     weight: Array
     """(G, J, I*T)"""
     taps: slice
-    """Which ones, along the first spatial dimension."""
+    """The taps, along the first spatial dimension."""
     shift: int
-    """How far along that dimension they read beyond the first step."""
+    """Offset along that dimension of what they read, relative to the first step."""
 
 
 def _steps(be: Backend, weight: Array, windows: Windows, groups: int) -> tuple[Windows, list[_Step]]:
-    """Return the windows to gather, and the products that make a convolution of what they gather.
+    """Return the windows that im2col takes, and the products that make a convolution of its columns.
 
-    With a stride of 1, what a tap along the first dimension reads is what the first reads, some elements further on. So
-    that dimension is not gathered: one product for each of its taps takes a shifted view. That saves most of the
-    passes over memory (of a 3x3 kernel, two of three), which cost as much as the products.
+    With a stride of 1, each tap along the first dimension reads what the first tap reads, shifted. So im2col leaves
+    that dimension out, and there is one product per tap of it, on a shifted view of the columns. That saves most passes
+    over memory (two of three for a 3x3 kernel), which take as long as the products.
     """
     xp = be.xp
     first = windows[0]
-    rows = math.prod(weight.shape[1:]) // first.kernel  # not copied for each further tap; there, results are added
+    rows = (
+        math.prod(weight.shape[1:]) // first.kernel
+    )  # rows that are not copied per further tap; in exchange, results are added
     shared = first.stride == 1 and 1 < first.extent <= first.out and rows >= 2 * weight.shape[0] // groups
     shared = shared and math.prod(w.out for w in windows) >= MANY_WINDOWS
     if shared:
@@ -58,26 +60,26 @@ def _steps(be: Backend, weight: Array, windows: Windows, groups: int) -> tuple[W
     for k in range(first.kernel if shared else 1):
         which = slice(k, k + 1) if shared else slice(0, first.kernel)
         part = weight[:, :, which, ...]
-        # Always in one layout: BLAS rounds by layout.
+        # Always in the same layout, because BLAS rounds differently in another.
         part = be.contiguous(xp.reshape(part, (groups, -1, math.prod(part.shape[1:]))))
         steps.append(_Step(part, which, k * first.dilation if shared else 0))
     return windows, steps
 
 
 def _read_by_steps(o: Tile, steps: list[_Step]) -> Tile:
-    """Return what all steps read of what is gathered, for the windows `o`."""
+    """Return the range of the columns that all steps read for the windows `o`."""
     return (slice(o[0].start, o[0].stop + steps[-1].shift), *o[1:])
 
 
 def _part(be: Backend, columns: Array, step: _Step, o: Tile, groups: int) -> Array:
-    """Return what one step reads of gathered columns (N, G*I, T, *O): (N, G, I*T, P)."""
+    """Return the part of the columns (N, G*I, T, *O) that one step reads: (N, G, I*T, P)."""
     lines = slice(step.shift, step.shift + o[0].stop - o[0].start)
     taken = columns[(slice(None), slice(None), slice(None), lines, ...)]
     return _grouped(be, taken, groups, step.weight.shape[2])
 
 
 def correlate(be: Backend, x: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None) -> Array:
-    """Return `weight @ gather(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
+    """Return `weight @ im2col(x) + bias`: `x` (N, G*I, *S), `weight` (G*J, I, *K), result (N, G*J, *O)."""
     out = be.empty((x.shape[0], weight.shape[0], *(w.out for w in windows)), x.dtype)
     work, tiles = _correlation(be, out, x, weight, windows, groups, bias, _nonfinite_meets_padding(be, weight, windows))
     be.run(work, tiles)
@@ -94,7 +96,7 @@ def _correlation(
     bias: Array | None,
     nonfinite_meets_padding: bool,
 ) -> tuple[Work, Iterator[Tile]]:
-    """Return what writes to `out` what `correlate` returns, tile by tile."""
+    """Return the tile function that writes `weight @ im2col(x) + bias` to `out`, and the tiles."""
     xp = be.xp
     if _by_planes(weight, windows, groups):
         return _correlation_of_planes(be, out, x, weight, windows, bias, nonfinite_meets_padding)
@@ -129,12 +131,12 @@ def _correlation(
 def correlate_dx(
     be: Backend, dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None = None
 ) -> Array:
-    """Return `add_back(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
+    """Return `col2im(weight^T @ dout) + bias`: `dout` (N, G*J, *O), `weight` (G*J, I, *K), result (N, G*I, *S).
 
-    Element `stride * m + phase` is reached by every `stride`-th tap at most, the later the earlier the window: each
-    phase is a convolution of `dout` with its taps in reverse order. That gathers J channels for I that come out, at
-    every element; where these are few, or windows fewer than elements, and where there is little to do, to multiply
-    first and add back what comes out is less work.
+    The elements `stride * m + phase` of one phase are read by every `stride`-th tap only, and a later tap reads them
+    from an earlier window. So each phase is a correlation of `dout` with these taps in reverse order. Its im2col holds
+    J channels per element. Where J is much larger than I, where there are fewer windows than elements, or where the
+    whole problem is small, col2im is less work.
     """
     xp = be.xp
     rows, planes = weight.shape[0] // groups, weight.shape[1]
@@ -149,7 +151,7 @@ def correlate_dx(
     weight_g = xp.reshape(weight, (groups, rows, planes, *weight.shape[2:]))
     weight_t = xp.reshape(xp.moveaxis(weight_g, 1, 2), (groups * planes, rows, *weight.shape[2:]))  # (G*I, J, *K)
     nonfinite_meets_padding = _nonfinite_meets_padding(be, weight, [over for along in phases for _, _, over in along])
-    jobs: list[tuple[Any, ...]] = []  # of all phases: what to do with a tile, and the tile
+    jobs: list[tuple[Any, ...]] = []  # of all phases: the tile function and the tile
     for phase in itertools.product(*phases):
         places, taps, over = zip(*phase, strict=True)
         part = dx[(..., *places)]
@@ -161,10 +163,10 @@ def correlate_dx(
 
 
 def _col2im_dx(be: Backend, dout: Array, weight: Array, windows: Windows, groups: int, bias: Array | None) -> Array:
-    """Return what `correlate_dx` does.
+    """Compute `correlate_dx` by col2im.
 
-    Cut into channels, tiles share no element of the result, so that the threads can add to it; into windows if a plane
-    of columns is too large for that, and then the tiles take turns.
+    Tiles are cut along channels where the columns of a plane fit: then no two tiles add to the same element, and
+    threads write to the result directly. Otherwise they are cut along windows, and added up one after the other.
     """
     xp = be.xp
     batch, planes = dout.shape[0], weight.shape[1]
@@ -203,9 +205,9 @@ def _col2im_dx(be: Backend, dout: Array, weight: Array, windows: Windows, groups
 
 
 def correlate_dweight(be: Backend, dout: Array, x: Array, weight: Array, windows: Windows, groups: int) -> Array:
-    """Return `dout @ gather(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`.
+    """Return `dout @ im2col(x)^T` summed over the batch: `dout` (N, G*J, *O), `x` (N, G*I, *S), result as `weight`.
 
-    Computed as its transpose, `gather(x) @ dout^T`: BLAS is faster where the first of two factors has the more rows
+    Computed as its transpose, `im2col(x) @ dout^T`: BLAS is faster where the first factor has more rows than the second
     (192x3136 @ 3136x64: 84 GFLOP/s on a thread, the other way 70).
     """
     xp = be.xp
@@ -243,9 +245,9 @@ def correlate_dweight(be: Backend, dout: Array, x: Array, weight: Array, windows
 
 
 def _by_planes(weight: Array, windows: Windows, groups: int) -> bool:
-    """Return whether each channel is convolved by itself, with many windows that lie next to each other.
+    """Return whether the convolution is depthwise with a stride of 1 and near taps: then no matrices are multiplied.
 
-    Then there is nothing for a product of matrices to do, and less to gather: see `end_to_end`.
+    See `end_to_end`.
     """
     alone = weight.shape[0] == groups and weight.shape[1] == 1
     return alone and all(w.stride == 1 and w.extent <= min(w.out, NEAR_TAPS) for w in windows)
@@ -260,7 +262,7 @@ def _correlation_of_planes(
     bias: Array | None,
     nonfinite_meets_padding: bool,
 ) -> tuple[Work, Iterator[Tile]]:
-    """Return what `_correlation` does, for `_by_planes`: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
+    """Return what `_correlation` returns, for a depthwise convolution: (N, C, *S), (C, 1, *K) -> (N, C, *O)."""
     xp = be.xp
     weights = be.contiguous(weight[:, 0, ...])  # (C, *K)
     plain = be.contiguous(nan_safe.finite(be, weights)) if nonfinite_meets_padding else weights
@@ -270,7 +272,7 @@ def _correlation_of_planes(
         rows, steps, shape = end_to_end(be, x, (n, c), windows, o)
         length = math.prod(shape)
         total = be.weighted_runs(rows, plain[c, ...], steps, length)
-        if nonfinite_meets_padding:  # what no NaN or inf reaches keeps its bits
+        if nonfinite_meets_padding:  # outputs that no NaN or inf reaches keep their bits
             real = end_to_end(be, _all_true_like(be, x), (n, c), windows, o)[0]
             special = xp.astype(~xp.isfinite(weights[c, ...]), x.dtype)
             nonfinite_reaches = be.weighted_runs(xp.astype(real, x.dtype), special, steps, length) > 0
@@ -285,11 +287,11 @@ def _correlation_of_planes(
 
 
 def _correlate_dweight_planes(be: Backend, dout: Array, x: Array, weight: Array, windows: Windows) -> Array:
-    """Return what `correlate_dweight` does, for `_by_planes`."""
+    """Compute `correlate_dweight` for a depthwise convolution."""
     xp = be.xp
     kernel = tuple(weight.shape[2:])
     dweight = be.full((weight.shape[0], *kernel), 0, x.dtype)
-    finite = be.all_finite(x) and be.all_finite(dout)  # what lies between the rows of a run meets a 0
+    finite = be.all_finite(x) and be.all_finite(dout)  # the gap between two rows of a run is multiplied by 0
 
     def work(n: slice, c: slice, *o: slice) -> Array:
         rows, steps, shape = end_to_end(be, x, (n, c), windows, o)
@@ -314,12 +316,12 @@ def _correlate_dweight_planes(be: Backend, dout: Array, x: Array, weight: Array,
 
 
 def _nonfinite_meets_padding(be: Backend, factor: Array, windows: Sequence[Window]) -> bool:
-    """Return whether a NaN or inf of `factor`, which gathered taps are multiplied by, may meet the 0 of padding."""
+    """Return whether windows reach into padding, whose zeros a NaN or inf in `factor` would be multiplied with."""
     return any(window.overreaches for window in windows) and not be.all_finite(factor)
 
 
 def _all_true_like(be: Backend, x: Array) -> Array:
-    """Return True for every element of `x`, in no memory; gathered, it tells elements from padding."""
+    """Return True of the shape of `x`, in the memory of one element; its im2col is False in padding."""
     xp = be.xp
     return xp.broadcast_to(be.full((1,), 1, xp.bool), x.shape)
 
@@ -339,13 +341,13 @@ def _biased(be: Backend, shape: tuple[int, ...], bias: Array | None, like: Array
 
 
 def _tiles(be: Backend, x: Array, weight: Array, windows: Windows, gathered: Windows) -> Iterator[Tile]:
-    """Cut batch and windows into tiles; a window costs its columns and what comes out of them.
+    """Cut batch and windows into tiles; a window needs memory for its columns and its outputs.
 
-    Where the first dimension is not gathered, tiles are as long along it as can be: each reads some lines beyond.
+    Where im2col leaves the first dimension out, tiles are as long along it as possible, as each reads some lines more.
     """
     per_window = x.shape[1] * math.prod(w.kernel for w in gathered) + weight.shape[0]
     first, *others = (w.out for w in windows)
-    outer = max(0, len(others) - 1) if gathered != windows else 0  # dimensions that are cut before the first one is
+    outer = max(0, len(others) - 1) if gathered != windows else 0  # so many dimensions are cut before the first one
     shape = (x.shape[0], *others[:outer], first, *others[outer:])
     tiles = be.tiles(shape, per_window * be.itemsize(x))
     return ((n, o[outer], *o[:outer], *o[outer + 1 :]) for n, *o in tiles)

@@ -1,6 +1,6 @@
-"""The two adjoint moves that convolution and pooling are made of: gather the taps of every window, add them back.
+"""im2col, its adjoint col2im, and padding modes with theirs; untiled in `textbook/windows.py`.
 
-T taps of the kernel; `(*S)` the elements that windows slide over; `(*O)` the windows of a tile.
+T taps of the kernel; `*S` the spatial sizes; `*O` the windows of a tile.
 """
 
 import math
@@ -11,7 +11,7 @@ from .. import backend
 from ..backend import Array, Backend, Tile
 from .geometry import AdaptiveWindow, AnyWindows, Windows, reach, spans, taps, within
 
-# It pays to gather twice from so many taps on, or with fewer windows in a row than that, but not of so few elements.
+# Two-pass im2col is faster from 16 taps on or below 32 windows per row; below 4,096 elements the extra pass costs more.
 MANY_TAPS, SHORT_ROW, FEW_ELEMENTS = 16, 32, 1 << 12
 
 
@@ -34,11 +34,11 @@ def im2col(be: Backend, x: Array, lead: Tile, windows: Windows, outputs: Tile) -
     """
     kernel, counts = tuple(window.kernel for window in windows), backend.sizes_of(outputs)
     region, around = reach(windows, outputs), spans(windows, outputs)
-    # Unless taps lie so far apart that with padding most of a copy would lie between them:
+    # A padded copy pays unless taps lie so far apart that most of it would lie between them.
     worth = region == around or math.prod(backend.sizes_of(around)) <= 2 * math.prod(kernel) * math.prod(counts)
     if be.has_strides and worth:
         columns = _sliding_view(be, _padded(be, x, lead, region, around), windows, counts)
-    else:  # in plain words
+    else:  # without strides: one slice per tap
         part = x[(*lead, ...)]
         columns = be.full((*part.shape[: -len(windows)], *kernel, *counts), 0, x.dtype)
         for k, reads, writes in taps(windows, outputs):
@@ -48,10 +48,10 @@ def im2col(be: Backend, x: Array, lead: Tile, windows: Windows, outputs: Tile) -
 
 
 def _sliding_view(be: Backend, x: Array, windows: Windows, counts: Sequence[int]) -> Array:
-    """Return what the taps of windows read that begin at the first element: (..., *S) -> (..., *K, *O).
+    """Return im2col of windows that begin at the first element: (..., *S) -> (..., *K, *O).
 
-    One copy of a view in which elements appear as often as they are read; a view itself if that is once. Many taps, or
-    those of short rows, are gathered along the last dimension first: what is then read for the others lies end to end.
+    One copy of an overlapping view, in which an element appears as often as it is read; the view itself if that is
+    once. With many taps or short rows, the last dimension is done first, so that the second pass copies longer runs.
     """
     first = x.ndim - len(windows)
     before = [(axis, size, 1) for axis, size in enumerate(x.shape[:first])]
@@ -68,7 +68,7 @@ def _sliding_view(be: Backend, x: Array, windows: Windows, counts: Sequence[int]
 
 
 def _pays_twice(x: Array, windows: Windows, counts: Sequence[int]) -> bool:
-    """Return whether to gather along the last dimension first, which copies more at once, but one time more."""
+    """Return whether to do the last dimension in a pass of its own: longer runs, but one more copy."""
     if x.size < FEW_ELEMENTS:
         return False
     others = math.prod(window.kernel for window in windows[:-1])
@@ -78,9 +78,9 @@ def _pays_twice(x: Array, windows: Windows, counts: Sequence[int]) -> bool:
 
 
 def _padded(be: Backend, x: Array, lead: Tile, region: Tile, around: Tile, spare: int = 0) -> Array:
-    """Return what lies around a region of `x`, with 0 in padding: a view if that is the region, and nothing to spare.
+    """Return a region of `x` with the zeros of padding around it; a view if there is no padding and no spare line.
 
-    With `spare` more lines of zeros along the first spatial dimension.
+    `spare` more lines of zeros are added along the first spatial dimension.
     """
     part = x[(*lead, ..., *region)]
     if region == around and not spare:
@@ -95,7 +95,7 @@ def _padded(be: Backend, x: Array, lead: Tile, region: Tile, around: Tile, spare
 def end_to_end(
     be: Backend, x: Array, lead: Tile, windows: Windows, outputs: Tile
 ) -> tuple[Array, list[int], tuple[int, ...]]:
-    """Lay what windows with a stride of 1 read end to end, padding included, so that a tap reads one long run.
+    """Lay the rows that windows with a stride of 1 read end to end, with padding, so that each tap reads one long run.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def end_to_end(
         Of a run: the windows of the tile, and after each row as many again as there is padding between, which count
         for nothing.
     """
-    # The last run goes on beyond the last row.
+    # The last run ends beyond the last row.
     rows = _padded(be, x, lead, reach(windows, outputs), spans(windows, outputs), spare=1)
     sizes = rows.shape[len(lead) :]
     steps = [window.dilation * math.prod(sizes[d + 1 :]) for d, window in enumerate(windows)]
@@ -116,7 +116,7 @@ def end_to_end(
 
 
 def in_runs(be: Backend, outputs: Array, shape: tuple[int, ...]) -> Array:
-    """Return what belongs to windows as runs of this shape do, with 0 between the rows: (..., *O) -> (..., run)."""
+    """Lay outputs end to end as `end_to_end` does, with 0 between the rows: (..., *O) -> (..., run)."""
     lead = outputs.shape[: outputs.ndim - len(shape)]
     runs = be.full((*lead, *shape), 0, outputs.dtype)
     runs[(..., *(slice(0, size) for size in outputs.shape[len(lead) :]))] = outputs
@@ -124,9 +124,9 @@ def in_runs(be: Backend, outputs: Array, shape: tuple[int, ...]) -> Array:
 
 
 def col2im(be: Backend, columns: Array, x: Array, lead: Tile, windows: Windows, outputs: Tile) -> None:
-    """Add every tap to the element that it was gathered from: `x[..., element of t at o] += columns[..., t, o]`.
+    """Add every tap to the element that it was read from: `x[..., element of t at o] += columns[..., t, o]`.
 
-    The adjoint of `gather`: `<gather(x), columns> = <x, add_back(columns)>`. Taps in padding are dropped.
+    The adjoint of `im2col`: `<im2col(x), columns> = <x, col2im(columns)>`. Taps in padding are dropped.
     """
     xp = be.xp
     kernel, first = tuple(window.kernel for window in windows), columns.ndim - len(windows) - 1
@@ -187,7 +187,7 @@ def fold_padding(be: Backend, dfilled: Array, windows: Windows, mode: str) -> Ar
 
 
 def _inside(windows: Windows) -> Tile:
-    """Return where the elements lie among elements and padding."""
+    """Return the part of a padded array that holds its elements."""
     return tuple(slice(window.low, window.low + window.size) for window in windows)
 
 
@@ -196,7 +196,7 @@ def _flipped(be: Backend, array: Array, axis: int | None) -> Array:
 
 
 def _copies(windows: Windows, mode: str) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], int | None]]:
-    """Yield `(to, origin, mirrored)` for each side that has padding: what is filled, and from where, among both.
+    """Yield `(to, origin, mirrored)` for each padded side: the slices of the padded array to fill, and to copy from.
 
     `mirrored` is the axis along which the copy is reversed, None for none.
     """

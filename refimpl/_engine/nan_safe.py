@@ -1,4 +1,7 @@
-"""Arithmetic over real pairs only: what is hidden or lies in padding is selected away, never multiplied by 0."""
+"""Products in which hidden entries and padding ("not real") contribute nothing, even where they would meet a NaN.
+
+A 0 times NaN is NaN, so what is not real is selected away, never multiplied by 0.
+"""
 
 import math
 import operator
@@ -8,7 +11,7 @@ from ..backend import Array, Backend
 
 
 def select(be: Backend, real: Array | None, array: Array) -> Array:
-    """Return the array with 0 where it is not real (None: everywhere it is)."""
+    """Return the array with 0 where it is not real (None: all of it is)."""
     return array if real is None else be.select(real, array)
 
 
@@ -36,7 +39,7 @@ def matmul(
     b_real: Array | None = None,
     multiply: Callable[[Array, Array], Array] = operator.matmul,
 ) -> Array:
-    """Return `a @ b` over real pairs, exact for NaN and inf: entries that are not real are 0, but 0 * NaN is not.
+    """Return `a @ b` over real entries, exact for NaN and inf.
 
     The finite entries are multiplied as ever. What the others add is found by multiplying indicators: whether any real
     pair of a row and a column has a product of +inf, of -inf, or of NaN. Slow, and taken only where it matters.

@@ -1,4 +1,4 @@
-"""What poolings share: running reductions over the taps of every window, and the way back of their gradients.
+"""Running reductions over the taps of every window, and their adjoints; untiled in `textbook/pooling.py`.
 
 For each tap there is one strided slice of `x`, combined with what the other taps left. Taps in padding have no slice,
 so padding never takes part.
@@ -52,7 +52,8 @@ def largest_backward(be: Backend, dout: Array, x: Array, windows: AnyWindows, in
             yield (*lead, *reads), be.select(won[at] == element, dout[tile][at])
 
     held = 0 if indices is not None else 2 * be.itemsize(x) + 16
-    # To add at known indices is to hold the interpreter's lock: 4.7 ms for one thread, 5.7 for two that wait in turns.
+    # `numpy.add.at` holds the interpreter's lock, so a second thread only waits. (8x64x112x112, Zen 4: 4.7 ms, 5.7 with
+    # two threads.)
     with backend.limits(threads=None if indices is None else 1):
         return add_windows(be, work, x, windows, at_once, held)
 
@@ -79,7 +80,7 @@ def mean_backward(be: Backend, dout: Array, x: Array, windows: AnyWindows, divid
             yield (*lead, *_elements_of(windows, outputs)), share
             return
         region = reach(windows, outputs)
-        for d in reversed(range(len(windows))):  # one dimension after the other, the adjoint of `_reduced`
+        for d in reversed(range(len(windows))):  # one dimension after the other: the adjoint of `_reduced`
             shape = list(share.shape)
             shape[len(lead) + d] = region[d].stop - region[d].start
             spread_out = be.full(tuple(shape), 0, x.dtype)
@@ -100,10 +101,11 @@ def add_windows(
     at_once: Callable[[Array, Tile], bool] | None = None,
     held: int = 0,
 ) -> Array:
-    """Return dx, of the shape of `x`, to which is added what `work` yields for each tile: `(where, what)`.
+    """Return the sum of all `(where, what)` that `work` yields for each tile, as an array of the shape of `x`.
 
-    Within dx where no other tile reaches the same elements: perhaps `at_once(part of dx, tile)` does all of it, and
-    says so. Else beside dx, to be added one tile after the other. `held` as in `tiles_of`.
+    Where no two tiles reach the same element, tiles write into the result; `at_once(part of dx, tile)` may do all of a
+    tile, and returns whether it did. Otherwise each tile is added up by itself, and then to the result in order. `held`
+    as in `tiles_of`.
     """
     tiles = list(tiles_of(be, x, windows, held))
     tiles_are_disjoint = all(whole(windows, split(tile, windows)[1]) for tile in tiles)
@@ -135,19 +137,19 @@ def add_windows(
 
 
 def _single(outputs: Tile) -> bool:
-    """Return whether the outputs are one, in each plane."""
+    """Return whether there is one output per plane."""
     return all(o.stop - o.start == 1 for o in outputs)
 
 
 def _elements_of(windows: AnyWindows, outputs: Tile) -> Tile:
-    """Return the elements of the window that a single output has."""
+    """Return the elements of the window of a single output."""
     return tuple(window.elements(o.start) for window, o in zip(windows, outputs, strict=True))
 
 
 def _along(window: Window | AdaptiveWindow, o: slice, region: slice) -> Iterator[tuple[slice, slice]]:
-    """Yield `(reads, writes)`, both relative to their ranges, that pair each window with each of its elements once.
+    """Yield `(reads, writes)`, relative to their ranges, that pair each window with each of its elements once.
 
-    By tap; by window if a window holds many times more than there are windows, as then that is less work.
+    One pair per tap, or one per window where windows are long and few.
     """
     first = window.elements(o.start)
     if len(range(first.start, first.stop, first.step or 1)) > 4 * (o.stop - o.start):
@@ -159,20 +161,20 @@ def _along(window: Window | AdaptiveWindow, o: slice, region: slice) -> Iterator
 
 
 class _Reduction(NamedTuple):
-    """What is made of the elements of a window."""
+    """A reduction of the elements of a window: sum or maximum."""
 
     start: float
-    """The result for no element."""
+    """The result of no elements."""
     combine: Callable[[Array, Array], Array]
-    """Of two arrays, element by element."""
+    """Combines two arrays, element by element."""
     reduce: Callable[..., Array]
-    """Of one array, along dimensions."""
+    """Reduces one array along dimensions."""
 
 
 def _reduced(be: Backend, x: Array, windows: AnyWindows, tile: Tile, to: _Reduction) -> Array:
-    """Return a reduction of each window of the tile: one dimension after the other, at once where there is one window.
+    """Reduce each window of the tile, one dimension after the other; in one call where there is one window.
 
-    A window of 3x3 costs 3 + 3 passes over memory that way, not 9, and the first 3 read runs of elements.
+    A 3x3 window takes 3 + 3 passes over memory that way instead of 9.
     """
     lead, outputs = split(tile, windows)
     if _single(outputs):
@@ -188,14 +190,14 @@ def _reduced(be: Backend, x: Array, windows: AnyWindows, tile: Tile, to: _Reduct
 def _reduced_along(
     be: Backend, x: Array, axis: int, window: Window | AdaptiveWindow, o: slice, region: slice, to: _Reduction
 ) -> Array:
-    """Return a reduction along one dimension, of which `x` holds the region: of size 1 for each of the windows `o`."""
+    """Reduce along one dimension, of which `x` holds the region: one element for each of the windows `o`."""
     before, after, count = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1), o.stop - o.start
     result, some = None, []
     for reads, writes in _along(window, o, region):
         taken = x[(*before, reads, *after)]
         if taken.shape[axis] != count or writes.step not in (None, 1):
             some.append((writes, taken))
-        else:  # an element of every window
+        else:  # one element of every window
             result = taken if result is None else to.combine(result, taken)
     if not some and result is not None:
         return result
@@ -204,7 +206,7 @@ def _reduced_along(
         total[...] = result
     for writes, taken in some:
         at = (*before, writes, *after)
-        if taken.shape != total[at].shape:  # all elements of one window, not one of many
+        if taken.shape != total[at].shape:  # all elements of one window
             taken = to.reduce(taken, axis=axis, keepdims=True)
         total[at] = to.combine(total[at], taken)
     return total
@@ -213,17 +215,17 @@ def _reduced_along(
 def _maximum(be: Backend, x: Array, windows: AnyWindows, tile: Tile) -> Array:
     """Return the maximum of each window of the tile, NaN if there is one in it."""
     xp = be.xp
-    # A value that every element is at least as large as; every window holds an element, so it never shows.
+    # The smallest value of the dtype; every window holds an element, so it never shows.
     least = -math.inf if xp.isdtype(x.dtype, "real floating") else xp.iinfo(x.dtype).min
     return _reduced(be, x, windows, tile, _Reduction(least, xp.maximum, xp.max))
 
 
 def _first(be: Backend, x: Array, best: Array, windows: AnyWindows, tile: Tile) -> Array:
-    """Return where the first element of each window lies that is its maximum, or NaN."""
+    """Return the flat index of the first element of each window that equals its maximum, or is NaN."""
     xp = be.xp
     lead, outputs = split(tile, windows)
     indices = be.full(backend.sizes_of(tile), 0, xp.int64)
-    for element, reads, writes in reversed(list(_elements(be, windows, outputs))):  # the first tap has the last word
+    for element, reads, writes in reversed(list(_elements(be, windows, outputs))):  # backwards, so that the first wins
         place = (..., *writes)
         value = x[(*lead, *reads)]
         wins = (value == best[place]) | (value != value)
@@ -232,7 +234,7 @@ def _first(be: Backend, x: Array, best: Array, windows: AnyWindows, tile: Tile) 
 
 
 def _elements(be: Backend, windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Array, Tile, Tile]]:
-    """Yield `(element, reads, writes)` for each tap: `element` holds the flat index of what it reads in the plane."""
+    """Yield `(element, reads, writes)` for each tap, `element` being the flat index in the plane of what it reads."""
     for _, reads, writes in taps(windows, outputs):
         element = be.full((), 0, be.xp.int64)
         for window, read in zip(windows, reads, strict=True):
@@ -273,7 +275,7 @@ def pooled_shape(x: Array, windows: AnyWindows) -> tuple[int, ...]:
 
 
 def tiles_of(be: Backend, x: Array, windows: AnyWindows, held: int = 0) -> Iterator[Tile]:
-    """Cut the result into tiles; an element of it costs itself, what it is compared with, and an index.
+    """Cut the result into tiles; each element needs memory for itself, a comparison and an index.
 
     `held` more bytes of it are needed meanwhile.
     """

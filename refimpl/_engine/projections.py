@@ -1,4 +1,4 @@
-"""The projections around the heads of multi-head attention, and which tokens are hidden from them.
+"""The linear maps around the heads of multi-head attention; untiled in `textbook/attention.py`.
 
 H heads; L length; E features that come in, D those that a projection puts out, for all heads together.
 """
@@ -81,13 +81,13 @@ def join(be: Backend, heads: Array) -> Array:
     """Concatenate the heads: (..., H, L, D / H) -> (..., L, D)."""
     xp = be.xp
     moved = xp.moveaxis(heads, -3, -2)
-    joined = be.full(tuple(moved.shape), 0, heads.dtype)  # a copy in any case: a reshape may be a view
+    joined = be.full(tuple(moved.shape), 0, heads.dtype)  # always a copy, because a reshape may be a view
     joined[...] = moved
     return xp.reshape(joined, (*joined.shape[:-2], joined.shape[-2] * joined.shape[-1]))
 
 
 class Hidden(NamedTuple):
-    """Where the joined heads, and the projected query, key and value, are more than a structural 0 (None: unknown)."""
+    """Which entries of the joined heads, and of query, key and value, take part in attention; None: not known."""
 
     joined: Array | None = None
     query: Array | None = None
@@ -96,11 +96,11 @@ class Hidden(NamedTuple):
 
 
 def find_hidden(call: AttentionCall, heads: list[Array], operands: Iterable[Array]) -> Hidden | None:
-    """Return which tokens are hidden, if that may matter to a projection: it does where 0 would meet NaN or inf.
+    """Return which tokens are hidden, where a projection would multiply their 0 by a NaN or inf.
 
-    None if no option hides any; nothing known if all operands are finite, so that 0 may be multiplied.
+    None if no option hides any; all fields None if all operands are finite, so that a 0 stays 0.
     """
-    nobody = any(0 in head.shape[:-1] for head in heads)  # no query, no key, or no batch entry to meet
+    nobody = any(0 in head.shape[:-1] for head in heads)  # no query, no key, or an empty batch
     if not nobody and not call.has_hidden_pairs:
         return None
     if all(call.be.all_finite(array) for array in operands):
@@ -169,7 +169,7 @@ def apply_backward(
 def _product(
     be: Backend, hidden: Hidden | None, a: Array, b: Array, a_real: Array | None = None, b_real: Array | None = None
 ) -> Array:
-    """Return `a @ b`, where something is hidden over real pairs and with the same bits whatever hidden entries hold."""
+    """Return `a @ b`, bit for bit the same whatever hidden entries hold."""
     if hidden is None:
         return a @ b
     if a_real is None and b_real is None and hidden.joined is None:
@@ -185,5 +185,5 @@ def _rows(be: Backend, x: Array | None, at: tuple[Any, ...]) -> Array | None:
 
 
 def _tiles(be: Backend, x: Array, linear: Linear) -> Iterator[Tile]:
-    """Cut the rows of `x` into tiles; one costs the features that go in, and those that come out."""
+    """Cut the rows of `x` into tiles; a row needs memory for its input and output features."""
     return be.tiles(tuple(x.shape[:-1]), sum(linear.weight.shape) * be.itemsize(x))

@@ -1,7 +1,7 @@
-"""The mathematics of attention, tile by tile: softmax, weighted sum, and the way back through both.
+"""Scores, softmax, weighted sum, and the way back, tile by tile; untiled in `textbook/attention.py`.
 
-A tile is some heads x some query rows x all the keys that these rows may see, so that the softmax of a row is computed
-whole. `_softmax` is the formula; the backward calls it again for each tile rather than keep what is quadratic.
+A tile is some heads x some query rows x all the keys that these rows may see, so each softmax is computed from whole
+rows. The backward computes `_softmax` again for each tile, rather than keep an array of the size of the scores.
 
 H heads (Hq of the queries, Hkv of keys and values); L length; E features. Inside, arrays are as in `_pairs`.
 """
@@ -26,8 +26,8 @@ from .visibility import (
     weighted_sum,
 )
 
-LONG_ROWS = 128  # rows and keys of a tile, from which on to look for a shift of 0 costs less than it saves
-SAFE_LOGIT = 24.0  # a score, of which exp and sums of exp are far from overflow, and exp of its negative far from 0
+LONG_ROWS = 128  # with at least so many rows and keys in a tile, testing for safe logits takes less time than it saves
+SAFE_LOGIT = 24.0  # exp of logits up to this size, and sums of them, neither overflow nor vanish in any dtype
 
 
 def attend(call: AttentionCall) -> tuple[Array, Array]:
@@ -49,7 +49,7 @@ def _by_rows(call: AttentionCall, columns: int, of_tile: Callable[..., None]) ->
     xp = call.be.xp
     out = call.be.full((*call.space, columns), 0, call.query.dtype)
     logsumexp = call.be.full(call.space, -math.inf, call.query.dtype)
-    if call.sink is not None:  # all that a query meets that sees no key
+    if call.sink is not None:  # a query that sees no key meets only the sink
         logsumexp[...] = call.sink[..., 0]
 
     def work(*tile: slice) -> None:
@@ -69,7 +69,7 @@ def attend_backward(call: AttentionCall, dout: Array, dlogsumexp: Array | None) 
     (dout,) = call.be.widened(dout)
     if call.has_hidden_pairs:
         dout = call.be.contiguous(dout)
-        # What dropout keeps is scaled up: then, too, the products with the values must stay finite.
+        # Dropout scales what it keeps up; the products with the values must stay finite then, too.
         most = call.be.float_range(dout)[1] * call.keep_prob**2
         bounded = all(call.be.sum_of_squares(a) < most for a in (dout, dlogsumexp) if a is not None)
         call = replace(call, finite=call.finite and bounded)
@@ -79,9 +79,9 @@ def attend_backward(call: AttentionCall, dout: Array, dlogsumexp: Array | None) 
     totals = [None if array is None else call.be.full(tuple(array.shape), 0, array.dtype) for array in arguments]
 
     def work(*tile: slice) -> list[tuple[Tile, Array] | None]:
-        """Add to what no other tile adds to; return the rest."""
+        """Add up the gradients that no other tile adds to; return the others."""
         keys = call.visible_keys(tile)
-        if keys is None:  # there is the sink alone
+        if keys is None:  # no visible key: only the sink
             keys, parts = slice(0, 0), (None, None, None, None, _sink_alone(call, dlse, tile))
         else:
             parts = _attend_backward(call, dout, dlse, tile, keys)
@@ -106,7 +106,7 @@ def attend_backward(call: AttentionCall, dout: Array, dlogsumexp: Array | None) 
 
 
 def _sink_alone(call: AttentionCall, dlogsumexp: Array | None, tile: Tile) -> Array | None:
-    """Return the gradient of the sink where it is all that a query meets, and so is the logsumexp itself."""
+    """Return the gradient of the sink for rows that see no key: their logsumexp is the sink."""
     if call.sink is None or dlogsumexp is None:
         return None
     return nan_safe.select(call.be, slice_of(call.sink, tile) != -math.inf, dlogsumexp[(*tile, ...)])
@@ -116,9 +116,9 @@ class _Softmax(NamedTuple):
     """The softmax of the rows of a tile: `p = e / total`."""
 
     e: Array
-    """(..., rows, keys): exp(score - what `_lower` takes from the row), 0 at hidden pairs."""
+    """(..., rows, keys): exp(score - row maximum), 0 at hidden pairs."""
     total: Array
-    """(..., rows, 1): its sum, with the sink, and 1 where there is nothing."""
+    """(..., rows, 1): the sum of e and of the sink's exp; 1 where that is 0."""
     p_sink: Array | None
     """(..., rows, 1)"""
     logsumexp: Array
@@ -126,7 +126,7 @@ class _Softmax(NamedTuple):
     slope: Array | None
     """The derivative of the softcap at each pair."""
     seen: Array | None
-    """Which pairs are visible; None where it does not matter any more."""
+    """Which pairs are visible; None where hidden pairs are 0 already."""
 
 
 def _softmax(call: AttentionCall, tile: Tile, keys: slice) -> _Softmax:
@@ -144,7 +144,7 @@ def _softmax(call: AttentionCall, tile: Tile, keys: slice) -> _Softmax:
     logsumexp = shift + xp.log(total)
     if sees is not None:
         total = xp.where(sees, total, 1.0)
-        if sink is not None:  # a query that sees no key meets the sink alone
+        if sink is not None:  # a query that sees no key meets only the sink
             logsumexp, p_sink = xp.where(sees, logsumexp, sink), xp.where(sees, p_sink, 1.0)
     return _Softmax(e, total, p_sink, logsumexp, slope, seen)
 
@@ -169,7 +169,7 @@ def _scores(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array 
         minus_inf, allowed = additive_mask(call, tile, doubtful)
         if doubtful == keys:
             sees, s = xp.any(allowed, axis=-1, keepdims=True), add_broadcast(s, minus_inf)
-        else:  # all rows see the keys before
+        else:  # all rows see the other keys
             s[..., doubtful.start - keys.start :] += minus_inf
     elif call.has_hidden_pairs:
         seen = visible(call, tile, keys)
@@ -182,11 +182,11 @@ def _scores(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array 
 def _subtract_row_max(
     call: AttentionCall, tile: Tile, keys: slice, s: Array, sink: Array | None, sees: Array | None
 ) -> Array | float:
-    """Take from the scores of each row, in their place, what lets exp take them; return it, (..., rows, 1) or 0.
+    """Subtract each row's maximum in place, so that exp cannot overflow, and return it: (..., rows, 1), or 0.
 
-    Whatever that is, the softmax is the same, if nothing overflows or vanishes. The largest of the row is safe, and so
-    is 0 where it is modest, which on a CPU saves one pass over the scores, or two if norms bound them (Cauchy and
-    Schwarz). What is taken from a row depends on nothing that the row does not see.
+    Any shift gives the same softmax, as long as nothing overflows or vanishes. So rows whose maximum is a safe logit
+    are not shifted, which on a CPU saves a pass over the scores, or two where the norms of queries and keys bound all
+    scores (Cauchy-Schwarz). The shift of a row depends on visible scores only.
     """
     xp = call.be.xp
     saves = call.be.reads_free and min(s.shape[-2:]) >= LONG_ROWS
@@ -215,14 +215,14 @@ def _norms(be: Backend, rows: Array) -> Array:
 
 
 def _normalised(be: Backend, found: _Softmax) -> Array:
-    """Return the weights, in the place of `e`."""
+    """Return the weights `p = e / total`, in the memory of `e`."""
     p = found.e
     p /= found.total
     return nan_safe.select(be, found.seen, p)
 
 
 def _dropped(call: AttentionCall, tile: Tile, keys: slice, weights: Array) -> Array:
-    """Return the weights that dropout keeps, scaled up, and 0 times the others."""
+    """Return the weights after dropout: kept ones divided by `keep_prob`, the others times 0."""
     if call.dropout_mask is None:
         return weights
     keep = slice_of(call.dropout_mask, (*tile, keys))
@@ -237,10 +237,10 @@ def _weigh(call: AttentionCall, tile: Tile, keys: slice, weights: Array, logsume
 
 
 def _attend(call: AttentionCall, tile: Tile, keys: slice, out: Array, logsumexp: Array) -> None:
-    """Write the output and the logsumexp of the rows of the tile."""
+    """Write `o = dropout(p) @ v` and the logsumexp of the rows of the tile."""
     found = _softmax(call, tile, keys)
     v = slice_of(call.value, (*tile[:-1], keys))
-    p = _normalised(call.be, found)  # first: sums that are still to be divided may overflow
+    p = _normalised(call.be, found)  # divided first, because undivided sums may overflow
     out[...] = weighted_sum(call, _dropped(call, tile, keys, p), found.seen, v)
     logsumexp[...] = found.logsumexp[..., 0]
 
@@ -248,7 +248,10 @@ def _attend(call: AttentionCall, tile: Tile, keys: slice, out: Array, logsumexp:
 def _attend_backward(
     call: AttentionCall, dout: Array, dlogsumexp: Array | None, tile: Tile, keys: slice
 ) -> tuple[Array, Array, Array | None, Array, Array | None]:
-    """Return what the rows of the tile add to the gradients of query, key, value, bias and sink."""
+    """Return what the rows of the tile add to the gradients of query, key, value, bias and sink.
+
+    `scaled_dot_product_attention_backward` and `_softmax_backward` of the textbook, line by line.
+    """
     xp = call.be.xp
     columns = (*tile[:-1], keys)
     q, k = slice_of(call.query, tile), slice_of(call.key, columns)

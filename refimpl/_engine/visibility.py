@@ -1,4 +1,4 @@
-"""Which pairs of a query and a key there are, and which of them the options allow to meet.
+"""Visibility: which keys each query may attend to; untiled in `_visible` in `textbook/attention.py`.
 
 H heads (Hq of the queries, Hkv of keys and values, R = Hq / Hkv queries that share a key head); L length; E features.
 Inside, a query is (..., Hkv, R, Lq, E) and a key (..., Hkv, 1, Lk, E): sharing heads is broadcasting, like any other.
@@ -15,12 +15,12 @@ from .._options import AttentionOptions
 from ..backend import Array, Backend, Tile
 from . import nan_safe
 
-MANY_PAIRS = 1 << 12  # of which it takes less time to see them in a line of distances than one by one
+MANY_PAIRS = 1 << 12  # from so many pairs on, a view of one line of distances is faster than comparing each pair
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of a call as the tiles use them: every array (..., Hkv, R, ., .), with all batch dimensions."""
+    """The arguments of a call in the form that tiles use: arrays (..., Hkv, R, ., .) with all batch dimensions."""
 
     be: Backend
     query: Array
@@ -42,19 +42,19 @@ class AttentionCall:
     keep_prob: float
     """The share of the weights that dropout keeps on average."""
     num_appended_keys: int
-    """How many of the keys, the last ones, every query sees, whatever hides the others; they have no bias."""
+    """The last so many keys are visible to every query and have no bias."""
     has_hidden_pairs: bool
     """Whether any option may hide a pair."""
     finite: bool
-    """Whether no score is or becomes NaN or inf, nor anything that weights are multiplied by: then a hidden pair can
-    be hidden by arithmetic, which is many times faster than by selection. True also if nothing is hidden."""
+    """Whether no score and no factor of a weight is NaN or inf. Then a hidden pair can be hidden by adding -inf and
+    multiplying by 0, many times faster than by selection. True also if nothing is hidden."""
     scores: tuple[int, ...]
     """The shape of the scores, `(..., Hq, Lq, Lk)` or `(Lq, Lk)`, appended keys included."""
     space: tuple[int, ...]
-    """What there is to cut into tiles: (..., Hkv, R, Lq)."""
+    """The index space that is cut into tiles: (..., Hkv, R, Lq)."""
 
     def tiles(self, arrays: int, gradients: int = 0) -> Iterator[Tile]:
-        """Cut the queries into tiles, of which each holds so many arrays (..., rows, keys), and gradients of keys."""
+        """Cut the queries into tiles that hold so many arrays (..., rows, keys), and so many gradients of all keys."""
         arrays += (
             sum(option is not None for option in (self.bias, self.softcap, self.dropout_mask))
             + 2 * self.has_hidden_pairs
@@ -65,7 +65,7 @@ class AttentionCall:
         return self.be.tiles(self.space, row_bytes)
 
     def visible_keys(self, tile: Tile) -> slice | None:
-        """Return the keys outside of which the rows of the tile see none, or None if there are none."""
+        """Return the range of keys that holds all visible ones of the rows of the tile, None if it is empty."""
         rows, start, stop = tile[-1], 0, self.scores[-1]
         if not self.num_appended_keys:
             if isinstance(self.first, int):
@@ -76,23 +76,23 @@ class AttentionCall:
 
     @property
     def hidden_by_distance_only(self) -> bool:
-        """Whether nothing hides a pair but how far the key lies from the query, which is the same in every head."""
+        """Whether a pair's visibility depends only on the distance of key and query, alike in every head."""
         others = (self.bias, self.mask, self.query_lengths, self.key_lengths)
         placed = all(side is None or isinstance(side, int) for side in (self.first, self.last))
         return placed and not self.num_appended_keys and all(option is None for option in others)
 
     def partially_visible_keys(self, tile: Tile, keys: slice) -> slice:
-        """Return the last of the keys, so many that all rows of the tile see each of the others."""
+        """Return the range of keys that not every row of the tile sees; all keys before it are visible to all rows."""
         if self.first is not None or not isinstance(self.last, int) or not self.hidden_by_distance_only:
             return keys
         return slice(max(keys.start, min(tile[-1].start + self.last + 1, keys.stop)), keys.stop)
 
     def own_keys(self, keys: slice) -> slice:
-        """Return those of the keys that were not appended: the ones that bias, mask and positions are about."""
+        """Return the keys without the appended ones: those that bias, mask and positions refer to."""
         return slice(keys.start, min(keys.stop, self.scores[-1] - self.num_appended_keys))
 
     def with_appended_keys(self, part: Array, keys: slice, value: float) -> Array:
-        """Return a part (..., own keys or 1) of what is about the own keys, with a value for each of the others."""
+        """Return an array (..., own keys or 1) extended by a value for each appended key."""
         if not self.num_appended_keys:
             return part
         xp = self.be.xp
@@ -109,7 +109,7 @@ def prepare(
     options: AttentionOptions,
     num_appended_keys: int = 0,
 ) -> AttentionCall:
-    """Bring checked arguments into the form that the tiles use, half types as float32.
+    """Return checked arguments in the form that tiles use, half types as float32.
 
     `scores` is the shape of the scores, appended keys included.
     """
@@ -131,13 +131,13 @@ def prepare(
     factor = 1.0 / math.sqrt(query.shape[-1]) if options.scale is None else float(options.scale)
     cap = None if options.softcap is None else float(options.softcap)
     if cap is not None:
-        cap = None if cap > largest else max(cap, smallest)  # beyond the largest number, no score comes near it
+        cap = None if cap > largest else max(cap, smallest)  # no score comes near a cap beyond the largest number
 
     def split(array: Array | None) -> Array | None:
         return None if array is None else by_heads(be, array, space)
 
     finite = True
-    if has_hidden_pairs:  # of the same memory layout, finite or not: BLAS rounds by layout
+    if has_hidden_pairs:  # in one layout, finite or not, because BLAS rounds by layout
         query, key, value = (None if array is None else be.contiguous(array) for array in (query, key, value))
         finite = _bounded(be, query, key, value, (bias, sink), factor, largest)
     return AttentionCall(
@@ -173,18 +173,18 @@ def _bounded(
     scale: float,
     largest: float,
 ) -> bool:
-    """Return whether nothing is NaN or inf, nor any score, which the sums of squares bound (Cauchy and Schwarz)."""
+    """Return whether nothing is NaN or inf, and no score can be: sums of squares bound them (Cauchy-Schwarz)."""
     q, k, *v = (be.sum_of_squares(array) for array in (query, key, value) if array is not None)
     scaled = abs(scale) * math.sqrt(q)
     bounded = all(map(math.isfinite, v)) and scaled < largest / 2 and scaled * math.sqrt(k) < largest / 2
-    # Of a bias or a sink, -inf and what is added up to it do no harm: they hide.
+    # A bias or sink of -inf does no harm: it hides.
     return bounded and all(a is None or 0 in a.shape or be.largest(a) < largest / 2 for a in logits)
 
 
 def _band(
     be: Backend, options: AttentionOptions, space: tuple[int, ...], key: Array
 ) -> tuple[int | Array | None, int | Array | None]:
-    """Return between which keys, counted from its own number, a query sees any; None: up to the border."""
+    """Return the first and last visible key relative to a query's number, None where there is no bound."""
     left, right = (None if side is None else int(side) for side in options.window or (None, None))
     if options.is_causal:
         right = 0
@@ -195,7 +195,7 @@ def _band(
 
 
 def visible(call: AttentionCall, tile: Tile, keys: slice) -> Array:
-    """Return which pairs of the tile every option allows, in a shape that broadcasts to that of the scores."""
+    """Return which pairs of the tile are visible, in a shape that broadcasts to that of the scores."""
     own = call.own_keys(keys)
     pairs = (*tile, own)
     i = call.be.arange(tile[-1].start, tile[-1].stop)[:, None]
@@ -219,14 +219,15 @@ def visible(call: AttentionCall, tile: Tile, keys: slice) -> Array:
 
 
 def additive_mask(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array]:
-    """Return 0 at each visible pair and -inf at the others, and where that is 0, as `visible` does.
+    """Return 0 at visible pairs and -inf at hidden ones, and `visible` itself.
 
-    Where distance decides, both are views of a line that holds every distance once (256x256 of them: 54 and 19 us).
+    Where only distance hides pairs, both are views of a line that holds each distance once. (256x256 pairs, Zen 4, 1
+    thread: 54 us -> 19 us.)
     """
     xp = call.be.xp
     rows, columns = backend.sizes_of((tile[-1], keys))
     line = call.hidden_by_distance_only and call.be.has_strides and rows * columns >= MANY_PAIRS
-    if line:  # the first row, with what lies as far before its keys as the keys of the last row do
+    if line:  # the first row, extended to the left by the distances of the last row
         tile = (*tile[:-1], slice(tile[-1].start, tile[-1].start + 1))
         keys = slice(keys.start - rows + 1, keys.stop)
     seen = visible(call, tile, keys)
@@ -237,10 +238,10 @@ def additive_mask(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, 
 
 
 def visibility_of_tokens(call: AttentionCall, *arrays: Array) -> list[Array]:
-    """Return where attention is more than a structural 0: rows of the result, and of query, key and value as given.
+    """Return which rows of the result, and of query, key and value as given, take part in any visible pair.
 
-    Of the result and of query, those that see a key; of key and value, those that a query sees. Each is a bool array
-    of the leading dimensions and the length of its array, (..., H, L, 1).
+    Rows of the result and of query that see a key; rows of key and value that a query sees. Each is a bool array of the
+    leading dimensions and the length of its array, (..., H, L, 1).
     """
     xp = call.be.xp
     inside = [array for array in (call.query, call.key, call.value) if array is not None]
@@ -269,19 +270,19 @@ def visibility_of_tokens(call: AttentionCall, *arrays: Array) -> list[Array]:
 
 
 def slice_of(array: Array, at: Tile) -> Array:
-    """Return the part of an array at a tile; along dimensions of size 1, which broadcast, there is only one part."""
+    """Return the part of an array at a tile; dimensions of size 1 broadcast, and stay whole."""
     if isinstance(array, int):
         return array
     return array[(*(slice(None) if n == 1 else s for n, s in zip(array.shape, at, strict=False)), ...)]
 
 
 def tiles_are_disjoint(shape: tuple[int, ...], tile: Tile, space: tuple[int, ...]) -> bool:
-    """Return whether no other tile adds to the same part of an array, of which this is the shape over the space."""
+    """Return whether no other tile adds to the same part of an array that has this shape over the space."""
     return all(m == n > 1 or s.stop - s.start == n for m, s, n in zip(shape, tile, space, strict=True))
 
 
 def add_broadcast(array: Array, more: Array) -> Array:
-    """Return the sum, in the place of the first if that is as large."""
+    """Return the sum, in the memory of the first where the second broadcasts to it."""
     more = more[(None,) * (array.ndim - more.ndim) + (...,)]
     if any(m not in (1, n) for m, n in zip(more.shape, array.shape, strict=True)):
         return array + more
@@ -290,7 +291,7 @@ def add_broadcast(array: Array, more: Array) -> Array:
 
 
 def accumulate(be: Backend, target: Array, at: Tile, part: Array) -> None:
-    """Add to `target` at a tile: the adjoint of `take`, which sums over what broadcasts."""
+    """Add to `target` at a tile: the adjoint of `slice_of`, which sums over dimensions that broadcast."""
     axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 != part.shape[d])
     if axes:
         part = be.xp.sum(part, axis=axes, keepdims=True)
@@ -298,7 +299,7 @@ def accumulate(be: Backend, target: Array, at: Tile, part: Array) -> None:
 
 
 def by_heads(be: Backend, array: Array, space: tuple[int, ...]) -> Array:
-    """Return an array (..., Hq or Hkv or 1, ., .) as (..., Hkv, R, ., .), any of these 1, with all batch dimensions."""
+    """Return an array (..., Hq or Hkv or 1, ., .) as (..., Hkv or 1, R or 1, ., .) with all batch dimensions."""
     shape = (*(1,) * (2 - array.ndim), *array.shape)
     heads = shape[-3] if len(shape) > 2 else 1
     split = (1, 1) if heads == 1 else (space[-3], heads // space[-3])
@@ -307,7 +308,7 @@ def by_heads(be: Backend, array: Array, space: tuple[int, ...]) -> Array:
 
 
 def as_given(be: Backend, gradient: Array | None, argument: Array | None) -> Array | None:
-    """Return a gradient, which has the dimensions that its argument has inside, in the shape of the argument."""
+    """Return a gradient in the shape that its argument was given in."""
     if gradient is None or argument is None:
         return None
     return be.xp.reshape(gradient, argument.shape)
@@ -344,7 +345,7 @@ def weighted_sum(call: AttentionCall, weights: Array, seen: Array | None, x: Arr
     """
     if not call.finite:
         product = nan_safe.matmul(call.be, weights, x, a_real=seen, multiply=call.be.matmul_in_parts)
-    elif weights.shape[-1] == 1:  # nothing to sum: a third of the time
+    elif weights.shape[-1] == 1:  # nothing to sum (a third of the time of a product)
         product = weights * x
     else:
         product = call.be.matmul_in_parts(weights, x)
