@@ -16,11 +16,13 @@ collect_ignore = ["standins"]  # to import CuPy's stand-in is to put it in CuPy'
 
 
 def pytest_collection_modifyitems(items):
-    """Count tests that are fast on NumPy alone as slow on every other backend."""
+    """Count as slow what is fast on plain NumPy, or there and on a GPU, alone."""
+    fast = {"slow_but_on_numpy": {"numpy"}, "slow_on_standins": {"numpy", "cupy", "cupy-views", "torch-cuda"}}
     for item in items:
         chosen = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if chosen is not None and chosen.name != "numpy" and item.get_closest_marker("slow_but_on_numpy"):
-            item.add_marker("slow")
+        for marker, names in fast.items():
+            if chosen is not None and chosen.name not in names and item.get_closest_marker(marker):
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)

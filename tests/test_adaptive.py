@@ -35,6 +35,7 @@ def test_averages_agree_with_loops(backend, case):
     np.testing.assert_allclose(refimpl.backend.to_numpy(dx), expected_dx, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow_on_standins
 @pytest.mark.parametrize("holes", [0.0, 0.3], ids=["ties", "nan"])
 @given(case=strategies.adaptive_max_pool(values="integers"), seed=st.integers(0, 1000))
 def test_maxima_agree_with_loops(backend, holes, case, seed):

@@ -79,6 +79,7 @@ def poison(arrays, options, value):
     return tuple(poisoned), options, visible
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"sink": np.array([1.0])}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0], ids=["modest", "mixed", "large"])
 def test_many_rows_agree_with_loops(size, options):
@@ -309,6 +310,7 @@ def test_scores_of_any_size_do_not_overflow():
     np.testing.assert_allclose(out, values[np.argmax(query @ key.T, axis=1)])
 
 
+@pytest.mark.slow
 def test_the_gradient_where_tiles_cut_rows_and_heads():
     arrays = (normal(2, 4, 6, 3), normal(1, 2, 7, 3, seed=1), normal(2, 2, 7, 2, seed=2))
     for tile_bytes in (400, 2000):

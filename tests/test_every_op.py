@@ -80,6 +80,7 @@ def test_results_are_of_the_backend_and_do_not_depend_on_it(backend, op, data):
             np.testing.assert_allclose(actual, reference, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow_on_standins
 @pytest.mark.parametrize("op", ["conv", "conv_transpose", "max_pool", "avg_pool", "adaptive_max_pool", "max_unpool"])
 @given(data=st.data())
 def test_whole_numbers_agree_to_the_bit(backend, op, data):
@@ -124,6 +125,7 @@ def test_the_same_call_gives_the_same_bits(op, data):
         assert [None if a is None else a.tobytes() for a in numbers(both(case))] == first
 
 
+@pytest.mark.slow_on_standins
 @each_op
 @given(data=st.data())
 def test_float32_is_computed_in_float32(backend, op, data):

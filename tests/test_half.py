@@ -111,6 +111,7 @@ def both(name, dout, arrays, options, more):
     return flat((f(*arrays, **options, **extra), backward(f)(dout, *arrays, **options, **more)))
 
 
+@pytest.mark.slow_on_standins
 @each_half
 @each_call
 def test_the_result_is_that_of_float32_rounded_once(holder, half, name):
@@ -298,6 +299,7 @@ def test_a_result_that_does_not_fit_is_infinite_and_no_warning(half, name):
     assert not np.isnan(widened(result)).any()
 
 
+@pytest.mark.slow_on_standins
 @each_half
 @pytest.mark.parametrize("f", [refimpl.max_pool, refimpl.adaptive_max_pool])
 def test_maxima_are_exact(holder, half, f):

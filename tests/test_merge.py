@@ -89,6 +89,7 @@ def test_the_gradient_of_both_results(case):
     check_gradients(out_and_logsumexp, out_and_logsumexp_backward, *case.arrays)
 
 
+@pytest.mark.slow_but_on_numpy
 @given(case=strategies.merge_attention())
 def test_the_gradient_of_the_output_alone(backend, case):
     check_gradients(merge_attention, merge_attention_backward, *backend.arrays(case.arrays))

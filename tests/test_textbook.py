@@ -57,6 +57,7 @@ def test_attention_agrees_with_loops(data):
             np.testing.assert_allclose(actual, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow_on_standins
 @each_op
 @given(data=st.data())
 def test_the_library_agrees(backend, op, data):
@@ -90,6 +91,7 @@ def test_further_results_and_half_types_agree(op, data):
         np.testing.assert_allclose(a.astype(float), d.astype(float), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @each_op
 @given(data=st.data())
 def test_the_backward_is_the_derivative(op, data):

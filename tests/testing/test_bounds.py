@@ -13,6 +13,7 @@ from refimpl.testing import assert_matches, error_bound, strategies
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", strategies.EVERY_OP)
 @settings(max_examples=5)

@@ -75,6 +75,7 @@ def counts(op):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "edge"), [(op, edge) for op, edges in EDGES.items() for edge in edges])
 def test_reaches_the_edge(op, edge):
     assert counts(op)[edge] >= LEAST, f"{counts(op)[edge]} of {EXAMPLES} cases"
