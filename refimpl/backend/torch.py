@@ -65,9 +65,8 @@ class TorchBackend(Backend):
         array = array.detach().cpu()
         if self.dtype_name(array) != "bfloat16":
             return np.array(array.numpy())
-        import ml_dtypes
-
-        return np.array(array.view(self.xp.int16).numpy()).view(ml_dtypes.bfloat16)
+        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+        return np.array(array.view(self.xp.int16).numpy()).view(bfloat16)
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> Array:
         """Return a copy on the device."""
