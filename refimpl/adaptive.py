@@ -43,6 +43,8 @@ def adaptive_avg_pool(x: Array, output_size: Outputs) -> Array:
     Along each dimension, window i holds the elements from `floor(i * S / O)` up to but not including
     `ceil((i + 1) * S / O)`; neighbours overlap where O does not divide S. `output_size=1` is global pooling.
 
+    How it is computed: `refimpl.textbook.adaptive_avg_pool`.
+
     References
     ----------
     `torch.nn.functional.adaptive_avg_pool2d` (PyTorch 2) agrees.
@@ -83,6 +85,8 @@ def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> A
     Notes
     -----
     Every element takes its share of the gradient of each window that it lies in: `dout / elements of the window`.
+
+    How it is computed: `refimpl.textbook.adaptive_avg_pool_backward`.
 
     References
     ----------
@@ -132,6 +136,8 @@ def adaptive_max_pool(x: Array, output_size: Outputs, *, return_indices: bool = 
     The windows are those of `adaptive_avg_pool`; ties and NaN are decided as in `max_pool`: the first in row-major
     order wins, and the first NaN wins over everything.
 
+    How it is computed: `refimpl.textbook.adaptive_max_pool`.
+
     References
     ----------
     `torch.nn.functional.adaptive_max_pool2d` (PyTorch 2) agrees, but for windows with several NaN, where it returns the
@@ -180,6 +186,8 @@ def adaptive_max_pool_backward(
     Notes
     -----
     The whole gradient of a window goes to its first maximum.
+
+    How it is computed: `refimpl.textbook.adaptive_max_pool_backward`.
 
     References
     ----------

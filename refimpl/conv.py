@@ -78,6 +78,8 @@ def conv(
 
     float16 and bfloat16 are computed in float32, from a copy, and rounded once.
 
+    How it is computed: `refimpl.textbook.conv`.
+
     References
     ----------
     Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285, section 2 and 5.1.
@@ -142,6 +144,8 @@ def conv_backward(
 
     Where padding holds copies, they add their gradients to the elements that they are copies of. As for `conv`, numbers
     may be read to see whether all is finite, here without padding, too.
+
+    How it is computed: `refimpl.textbook.conv_backward`.
 
     References
     ----------
@@ -223,6 +227,8 @@ def conv_transpose(
 
     As for `conv`, a number may be read to see whether a NaN or inf of `weight` meets the 0 beyond the border of `x`.
 
+    How it is computed: `refimpl.textbook.conv_transpose`.
+
     References
     ----------
     Dumoulin and Visin, arXiv:1603.07285, section 4. `torch.nn.functional.conv_transpose2d` (PyTorch 2) agrees wherever
@@ -284,6 +290,8 @@ def conv_transpose_backward(
     its gradient exchanged:
 
         dx = weight @ im2col(dout),   dweight = x @ im2col(dout)^T,   dbias = dout summed
+
+    How it is computed: `refimpl.textbook.conv_transpose_backward`.
 
     References
     ----------

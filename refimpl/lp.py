@@ -55,6 +55,8 @@ def lp_pool(
     In one dimension, `out[..., o] = (sum over k of |x[..., o * stride + k * dilation - low]|**p) ** (1 / p)`, computed
     in units of the window's largest element, so that no power overflows or vanishes where the norm does not.
 
+    How it is computed: `refimpl.textbook.lp_pool`.
+
     References
     ----------
     Gulcehre et al., Learned-norm pooling for deep feedforward and recurrent neural networks, arXiv:1311.1780. ONNX's
@@ -119,6 +121,8 @@ def lp_pool_backward(
     every window that it lies in
 
         dx += sign(x) * (|x| / out) ** (p - 1) * dout
+
+    How it is computed: `refimpl.textbook.lp_pool_backward`.
 
     References
     ----------

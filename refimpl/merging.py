@@ -46,6 +46,8 @@ def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
 
         logsumexp = log(sum over parts of exp(l)),    out = sum over parts of exp(l - logsumexp) * outs
 
+    How it is computed: `refimpl.textbook.merge_attention`.
+
     References
     ----------
     Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867; Liu et al., Ring attention,
@@ -104,6 +106,8 @@ def merge_attention_backward(
     With `w = exp(l - logsumexp)`, a softmax over the parts,
 
         douts = w * dout,    dl = w * (sum over features of dout * (outs - out) + dlogsumexp)
+
+    How it is computed: `refimpl.textbook.merge_attention_backward`.
 
     References
     ----------

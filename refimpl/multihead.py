@@ -101,6 +101,8 @@ def multi_head_attention(
         heads   = scaled_dot_product_attention(split(q), split(k), split(v), ...)
         out     = concatenate(heads) @ Wo^T + bo
 
+    How it is computed: `refimpl.textbook.multi_head_attention`.
+
     References
     ----------
     Vaswani et al., Attention is all you need, arXiv:1706.03762, section 3.2.2. `torch.nn.MultiheadAttention` of
@@ -184,6 +186,8 @@ def multi_head_attention_backward(
 
     and splitting into heads is undone by concatenating them. `bias_k` and `bias_v` take the gradients of the keys and
     values appended to every batch entry. The output of the heads is computed again.
+
+    How it is computed: `refimpl.textbook.multi_head_attention_backward`.
 
     References
     ----------

@@ -66,6 +66,8 @@ def max_pool(
     first in row-major order wins; the first NaN wins over everything. Zeros of both signs are equal: which sign comes
     out is open.
 
+    How it is computed: `refimpl.textbook.max_pool`.
+
     References
     ----------
     `torch.nn.functional.max_pool2d` (PyTorch 2) agrees wherever it accepts the options, indices included, but for
@@ -125,6 +127,8 @@ def max_pool_backward(
     -----
     The maximum is one element of the window, so the whole gradient of a window goes to that element:
     `dx[..., i] = sum of dout[..., o] over the windows o whose first maximum lies at i`.
+
+    How it is computed: `refimpl.textbook.max_pool_backward`.
 
     References
     ----------
@@ -188,6 +192,8 @@ def avg_pool(
     In one dimension, `out[..., o] = (sum over k of x[..., o * stride + k * dilation - low]) / divisor[o]`, where `x`
     is 0 outside its range. The divisor is the number of k whose element lies in `x`, or in its padding if that counts.
 
+    How it is computed: `refimpl.textbook.avg_pool`.
+
     References
     ----------
     `torch.nn.functional.avg_pool2d` (PyTorch 2) agrees wherever it accepts the options; dilation is that of ONNX's
@@ -245,6 +251,8 @@ def avg_pool_backward(
     -----
     Every element of a window has the weight `1 / divisor` in it, so it takes that share of the window's gradient:
     `dx[..., o * stride + k * dilation - low] += dout[..., o] / divisor[o]` for every o and k.
+
+    How it is computed: `refimpl.textbook.avg_pool_backward`.
 
     References
     ----------

@@ -57,6 +57,8 @@ def max_unpool(
     `out[..., indices[..., i]] = x[..., i]` for every i of a plane, in row-major order: of equal indices, which
     overlapping windows have, the last wins.
 
+    How it is computed: `refimpl.textbook.max_unpool`.
+
     References
     ----------
     `torch.nn.functional.max_unpool2d` (PyTorch 2) agrees; of equal indices it does not say which wins. ONNX's
@@ -119,6 +121,8 @@ def max_unpool_backward(
     Notes
     -----
     `dx[..., i] = dout[..., indices[..., i]]` where i is the last with its index, and 0 where another overwrote it.
+
+    How it is computed: `refimpl.textbook.max_unpool_backward`.
 
     References
     ----------
