@@ -1,13 +1,16 @@
 """How far a result may be from the exact one, and comparison of a kernel with the float64 reference."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import numbers
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from .. import backend
 from ..backend import Array
+from .analysis import ANALYSES, MODELS, Arithmetic, can_be_squared
+from .trees import leaves
 
 __all__ = ["assert_matches", "error_bound"]
 
@@ -17,7 +20,17 @@ _NEAR = 2.0**-18  # of relative changes that float32 rounds in another way
 _SAFETY = 4.0
 
 
-def error_bound(f: Callable[..., Any], /, *arrays: Array, dtype: Any = None, seed: int = 0, **options: Any) -> Any:
+def error_bound(
+    f: Callable[..., Any],
+    /,
+    *arrays: Array,
+    dtype: Any = None,
+    model: str = "expected",
+    exp_ulps: float = 4.0,
+    sums: str = "float32",
+    seed: int = 0,
+    **options: Any,
+) -> Any:
     """Return how far rounding explains that a kernel's result is from `f(*arrays, **options)` in float64.
 
     Parameters
@@ -28,9 +41,16 @@ def error_bound(f: Callable[..., Any], /, *arrays: Array, dtype: Any = None, see
         Its arguments, of any floating dtype: the numbers that the kernel is given.
     dtype : dtype or its name, optional
         That of the kernel's result: "float64", "float32", "float16" or "bfloat16"; that of the first floating argument
-        unless given. A kernel of a half type is expected to accumulate in float32.
+        unless given.
+    model : "expected" or "worst"
+        "expected" takes rounding errors as independent: a correct kernel exceeds the bound in fewer than one of 10^9
+        elements. "worst": no correct kernel exceeds it, in whatever order it adds.
+    exp_ulps : float, at least 0
+        The error of the kernel's exp, log, tanh and pow, in units of the roundoff.
+    sums : "float32" or "result"
+        Where a kernel of a half type accumulates sums: in float32, or in the type of its result.
     seed : int
-        Of the changes that are tried.
+        Of the changes that are tried where the bound is an estimate.
 
     Returns
     -------
@@ -41,12 +61,19 @@ def error_bound(f: Callable[..., Any], /, *arrays: Array, dtype: Any = None, see
     ------
     TypeError
         If there is no floating array among the arguments, or for a dtype that is none of those.
+    ValueError
+        For a model, `exp_ulps` or `sums` that is none of those.
 
     Notes
     -----
-    What rounding does to a result is, up to a factor, what small relative changes of the arguments do to it. With `a_i`
-    the change of an element of the result by each of them, u the unit roundoff of the dtype, U that in which sums are
-    accumulated (float32 for half types, else the dtype's), and e the error of `f` itself in float32, the bound is
+    The bounds of convolutions and poolings are derived, op by op, in `refimpl.testing.analysis`. (Where numbers are too
+    large or too small to be squared in float64, "expected" is "worst".) For any other function the bound is an
+    estimate from samples, for both models.
+
+    In the estimate, what rounding does to a result is, up to a factor, what small relative changes of the arguments do
+    to it. With `a_i` the change of an element of the result by each of them, u the unit roundoff of the dtype, U that
+    in which sums are accumulated (float32 for half types, else the dtype's), and e the error of `f` itself in float32,
+    the bound is
 
         2 u |f| + 4 u sqrt(sum of a_i**2) + 4 U (sum of |a_i|)**2 / sqrt(sum of a_i**2) + 8 e U / 2**-24
 
@@ -69,18 +96,29 @@ def error_bound(f: Callable[..., Any], /, *arrays: Array, dtype: Any = None, see
     >>> bool((error_bound(refimpl.avg_pool, x, 2) < 1e-5).all())
     True
     """
-    return _reference(f, arrays, options, dtype, seed)[1]
+    arithmetic = _allowances("error_bound", model, exp_ulps, sums)
+    return _reference(f, arrays, options, lambda _: dtype, arithmetic, model, seed)[1]
 
 
-def assert_matches(actual: Any, f: Callable[..., Any], /, *arrays: Array, seed: int = 0, **options: Any) -> None:
+def assert_matches(
+    actual: Any,
+    f: Callable[..., Any],
+    /,
+    *arrays: Array,
+    model: str = "expected",
+    exp_ulps: float = 4.0,
+    sums: str = "float32",
+    seed: int = 0,
+    **options: Any,
+) -> None:
     """Compare what a kernel returned with `f(*arrays, **options)` in float64.
 
     Parameters
     ----------
     actual
         What the kernel returned for the same arguments: an array, or a tuple or mapping of them as `f` returns it. One
-        array is compared with the first result of `f`. Its dtype is the one whose rounding is allowed for.
-    f, *arrays, **options, seed
+        array is compared with the first result of `f`. Each result's dtype is the one whose rounding is allowed for.
+    f, *arrays, **options, model, exp_ulps, sums, seed
         As for `error_bound`.
 
     Raises
@@ -99,20 +137,22 @@ def assert_matches(actual: Any, f: Callable[..., Any], /, *arrays: Array, seed: 
     Traceback (most recent call last):
     AssertionError: assert_matches: the result is wrong in 1 of 2 elements; worst at [0, 0, 1]: 6.099..., ...
     """
-    for name, array in _leaves(actual):
+    for name, array in leaves(actual):
         if not backend.is_array(array):
             raise TypeError(f"assert_matches: {name or 'actual'} must be an array; got {type(array).__name__}")
         be = backend.of(array)
         if not (be.is_floating(array) or be.is_integer(array)):
             raise TypeError(f"assert_matches: {name or 'actual'} must be floating or integers; got {array.dtype}")
-    first = next((array for _, array in _leaves(actual) if _is_floating(array)), None)
-    expected, bounds = _reference(f, arrays, options, None if first is None else str(first.dtype), seed)
+    dtypes = {name: str(array.dtype) for name, array in leaves(actual) if _is_floating(array)}
+    dtypes.setdefault("result 0", dtypes.get("", ""))  # one array is compared with the first result
+    arithmetic = _allowances("assert_matches", model, exp_ulps, sums)
+    expected, bounds = _reference(f, arrays, options, lambda name: dtypes.get(name) or None, arithmetic, model, seed)
     if isinstance(expected, tuple) and not isinstance(actual, tuple):
         expected, bounds = expected[0], bounds[0]
-    due, came = dict(_leaves(expected)), dict(_leaves(actual))
+    due, came = dict(leaves(expected)), dict(leaves(actual))
     if due.keys() != came.keys():
         raise AssertionError(f"assert_matches: actual must hold {', '.join(due)}; got {', '.join(came)}")
-    for (name, result), (_, bound) in zip(due.items(), _leaves(bounds), strict=True):
+    for (name, result), (_, bound) in zip(due.items(), leaves(bounds), strict=True):
         _compare(name or "the result", backend.to_numpy(came[name]), result, bound)
 
 
@@ -125,7 +165,7 @@ def _compare(name: str, actual: np.ndarray[Any, Any], expected: Any, bound: Any)
         difference = np.abs(values - expected)
         right = (difference <= bound) | (values == expected) | (np.isnan(values) & np.isnan(expected))
         if expected.dtype.kind == "f" and actual.dtype.kind not in "iu":
-            largest = _precision(actual.dtype)[2]
+            largest = _largest(actual.dtype)
             right |= np.isinf(values) & (np.sign(values) == np.sign(expected)) & (np.abs(expected) + bound > largest)
     if not right.all():
         excess = np.where(right, -math.inf, np.nan_to_num(difference - bound, nan=math.inf))
@@ -137,15 +177,78 @@ def _compare(name: str, actual: np.ndarray[Any, Any], expected: Any, bound: Any)
         )
 
 
+def _allowances(function: str, model: str, exp_ulps: float, sums: str) -> Callable[[str], Arithmetic]:
+    """Check what is allowed for, and return the arithmetic of a dtype."""
+    if model not in MODELS:
+        raise ValueError(f"{function}: model must be 'expected' or 'worst'; got {backend.shown(model)}")
+    if not backend.is_number(exp_ulps, numbers.Real) or not 0 <= exp_ulps < math.inf:
+        raise ValueError(f"{function}: exp_ulps must be a number of at least 0; got {backend.shown(exp_ulps)}")
+    if sums not in ("float32", "result"):
+        raise ValueError(f"{function}: sums must be 'float32' or 'result'; got {backend.shown(sums)}")
+    return lambda dtype: Arithmetic(dtype, float(exp_ulps), sums)
+
+
 def _reference(
-    f: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any], dtype: Any, seed: int
+    f: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    options: dict[str, Any],
+    dtype_of: Callable[[str], Any],
+    arithmetic: Callable[[str], Arithmetic],
+    model: str,
+    seed: int,
 ) -> tuple[Any, Any]:
-    """Return the results of `f` in float64, and their bounds."""
+    """Return the results of `f` in float64, and their bounds, as NumPy arrays.
+
+    `dtype_of` gives the dtype of the result of each name; None stands for that of the first floating argument.
+    """
     given = {"arrays": arrays, "options": options}
-    floating = [array for _, array in _leaves(given) if _is_floating(array)]
+    floating = [array for _, array in leaves(given) if _is_floating(array)]
     if not floating:
         raise TypeError("error_bound: arrays must hold a floating array, as integers are exact; got none")
-    unit, unit_of_sums, _, smallest = _precision(str(floating[0].dtype) if dtype is None else dtype)
+    default = backend.of(floating[0]).dtype_name(floating[0])
+
+    def of_result(name: str) -> Arithmetic:
+        dtype = dtype_of(name)
+        return arithmetic(default if dtype is None else _dtype_name(dtype))
+
+    of_result("")  # a wrong dtype is found before anything is computed
+    if f in ANALYSES:
+        return _analysed(f, given, of_result, model)
+    return _sampled(f, given, of_result, seed)
+
+
+def _analysed(
+    f: Callable[..., Any], given: dict[str, Any], of_result: Callable[[str], Arithmetic], model: str
+) -> tuple[Any, Any]:
+    """Return results and bounds by analysis."""
+
+    def wide(array: Any) -> Any:
+        return backend.of(array).xp.astype(array, backend.of(array).xp.float64) if _is_floating(array) else array
+
+    given = backend.mapped(wide, given)
+    floating = [array for _, array in leaves(given) if _is_floating(array)]
+    be = backend.of(floating[0])
+    with be.context():
+        expected = f(*given["arrays"], **given["options"])
+        kind = MODELS[model if can_be_squared(be, floating) else "worst"]
+        found: dict[Arithmetic, dict[str, Any]] = {}
+        bounds = []
+        for name, result in leaves(expected):
+            if not _is_floating(result):
+                bounds.append(0.0 * backend.to_numpy(result))
+                continue
+            of = kind(of_result(name), be)
+            if of.arithmetic not in found:
+                found[of.arithmetic] = dict(leaves(ANALYSES[f](of, expected, *given["arrays"], **given["options"])))
+            bounds.append(backend.to_numpy(of.bound(found[of.arithmetic][name], result)))
+    remaining = iter(bounds)
+    return backend.mapped(backend.to_numpy, expected), backend.mapped(lambda _: next(remaining), expected)
+
+
+def _sampled(
+    f: Callable[..., Any], given: dict[str, Any], of_result: Callable[[str], Arithmetic], seed: int
+) -> tuple[Any, Any]:
+    """Return results and bounds by sampling."""
     rng = np.random.default_rng(seed)
 
     def at(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], dtype: type = np.float64) -> Any:
@@ -182,11 +285,12 @@ def _reference(
         normal = _by_result(effect(rng.standard_normal, _DRAWS))
         heavy = _by_result(effect(lambda size: np.clip(rng.standard_cauchy(size), -(2.0**20), 2.0**20), _HEAVY_DRAWS))
         bounds = []
-        for (_, result), by_error, by_normal, by_heavy in zip(_leaves(expected), errors, normal, heavy, strict=True):
+        for (name, result), by_error, by_normal, by_heavy in zip(leaves(expected), errors, normal, heavy, strict=True):
+            of = of_result(name)
             e, squares = (_known(np.sqrt(np.mean(np.square(drawn), axis=0))) for drawn in (by_error, by_normal))
             sizes = np.maximum(_known(np.median(by_heavy, axis=0)), squares)
             in_turn = _known(sizes**2 / squares) + 2 * e / 2.0**-24
-            bound = 2 * unit * np.abs(result) + _SAFETY * (unit * squares + unit_of_sums * in_turn) + smallest
+            bound = 2 * of.u_out * np.abs(result) + _SAFETY * (of.u_out * squares + of.u * in_turn) + of.smallest
             bounds.append(np.where(np.isfinite(result), bound, 0.0) if result.dtype.kind == "f" else 0.0 * result)
     remaining = iter(bounds)
     return expected, backend.mapped(lambda _: next(remaining), expected)
@@ -213,7 +317,7 @@ def _changing(
 
 def _apart(after: Any, before: Any, step: float) -> list[np.ndarray[Any, Any]]:
     """Return how far each result is from another, in units of the step."""
-    return [np.abs(a - b) / step for (_, a), (_, b) in zip(_leaves(after), _leaves(before), strict=True)]
+    return [np.abs(a - b) / step for (_, a), (_, b) in zip(leaves(after), leaves(before), strict=True)]
 
 
 def _by_result(draws: Iterable[list[np.ndarray[Any, Any]]]) -> list[np.ndarray[Any, Any]]:
@@ -226,35 +330,22 @@ def _known(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def _precision(dtype: Any) -> tuple[float, float, float, float]:
-    """Return the unit roundoff of a dtype, that of its sums, its largest number, and the smallest that it can lose."""
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a floating dtype that results may have."""
     name = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
     name = name.rpartition(".")[2]
-    single = np.finfo(np.float32)
-    if name == "bfloat16":  # the exponents of float32 and 8 bits of precision
-        return 2.0**-8, float(single.eps) / 2, float(single.max), float(single.tiny)
-    if name not in ("float64", "float32", "float16"):
+    if name not in ("float64", "float32", "float16", "bfloat16"):
         raise TypeError(
             f"error_bound: dtype must be 'float64', 'float32', 'float16' or 'bfloat16'; got {backend.shown(dtype)}"
         )
-    info = np.finfo(name)
-    sums = max(info, single, key=lambda i: i.precision)
-    # GPUs flush what is below the smallest normal number of float32 to 0, but not of float16.
-    smallest = info.smallest_subnormal if name == "float16" else info.tiny
-    return float(info.eps) / 2, float(sums.eps) / 2, float(info.max), float(smallest)
+    return name
+
+
+def _largest(dtype: Any) -> float:
+    """Return the largest number of a floating dtype; bfloat16 ends shortly before float32."""
+    name = _dtype_name(str(dtype))
+    return float(np.finfo("float32" if name == "bfloat16" else name).max)
 
 
 def _as_array(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, np.generic) else value
-
-
-def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Return `(name, leaf)` for everything in (named) tuples and mappings that is not None."""
-    if tree is None:
-        return []
-    if isinstance(tree, Mapping):
-        return [leaf for key, part in tree.items() for leaf in _leaves(part, f"{name}[{key!r}]")]
-    if isinstance(tree, tuple):
-        names = getattr(tree, "_fields", [f"result {i}" for i in range(len(tree))])
-        return [leaf for key, part in zip(names, tree, strict=True) for leaf in _leaves(part, f"{name}{key}")]
-    return [(name, tree)]

@@ -1,0 +1,152 @@
+"""How rounding errors add up: as independent errors (`Expected`), or all against us (`Worst`)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...backend import Array, Backend
+
+_UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# What may be lost below: GPUs flush numbers below the smallest normal one to 0, but not in float16.
+_SMALLEST = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """In which precision a kernel computes."""
+
+    dtype: str
+    """Of the result."""
+    exp_ulps: float = 4.0
+    """The error of `exp`, `log`, `tanh` and `pow`, in units of the roundoff."""
+    sums: str = "float32"
+    """Where a half type's sums are accumulated: in "float32", or in the type of the "result"."""
+
+    @property
+    def u_out(self) -> float:
+        """The unit roundoff of the result."""
+        return _UNITS[self.dtype]
+
+    @property
+    def u(self) -> float:
+        """The unit roundoff in which sums are accumulated."""
+        return self.u_out if self.sums == "result" else min(self.u_out, _UNITS["float32"])
+
+    @property
+    def is_half(self) -> bool:
+        """Whether factors of products are rounded to a half type on their way."""
+        return self.u_out > _UNITS["float32"]
+
+    @property
+    def smallest(self) -> float:
+        """What may be lost below the smallest numbers of the dtype."""
+        return _SMALLEST[self.dtype]
+
+
+@dataclass(frozen=True)
+class Model:
+    """How errors add up. What it adds is a measure of error: a variance (`Expected`) or a size (`Worst`)."""
+
+    arithmetic: Arithmetic
+    be: Backend
+
+    name: ClassVar[str]
+
+    def size(self, array: Array) -> Array:
+        """Return what a factor of an error contributes to its measure; measures of products are products of these."""
+        raise NotImplementedError
+
+    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+        """Return the measure of the error of a sum: its value, the sum of the sizes of its terms, their number."""
+        raise NotImplementedError
+
+    def relative(self, ulps: float, array: Array) -> Array:
+        """Return the measure of an error of so many units of the roundoff, relative to the array."""
+        return self.size(ulps * self.arithmetic.u * array)
+
+    def bound(self, measure: Array, result: Array) -> Array:
+        """Return how far a result may be from the exact one; 0 where that is not finite."""
+        raise NotImplementedError
+
+    def clean(self, array: Array) -> Array:
+        """Return the array with 0 in place of NaN and inf: what is not finite has no rounding error."""
+        return self.be.xp.where(self.be.xp.isfinite(array), array, 0.0)
+
+
+class Expected(Model):
+    """Rounding errors are independent; a correct kernel exceeds the bound in fewer than one of 10^9 elements.
+
+    A sum of n terms t, added one after the other in an order that does not depend on them, has partial sums that grow
+    like k S / n and fluctuate by sqrt(Q k (n - k)) / n, with S the sum of t and Q that of t**2. Each addition and each
+    term is rounded by at most u, uniformly, so the variance of the error is at most
+
+        u**2 (n (S**2 / 3 + Q / 6) + Q)
+
+    Sums in blocks or pairs have less. Equal terms drift in one direction, by up to n u |S| / 2: an eighth of this
+    enters as a standard deviation, times the 8th power of S**2 / (n Q), which is 1 for equal terms and small for
+    others. The bound is 8 standard deviations, two roundings of the result, and the smallest number of the dtype.
+    Higham, Accuracy and stability of numerical algorithms, 2nd edition, sections 2.8 and 4.2.
+    """
+
+    name = "expected"
+
+    def size(self, array: Array) -> Array:
+        """Return the square."""
+        return array * array
+
+    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+        """Return the variance."""
+        xp = self.be.xp
+        square = total * total
+        share = xp.clip(square / xp.where(count * sizes > 0, count * sizes, 1.0), 0.0, 1.0)
+        drift = count * count * square / 256 * share**16
+        return self.arithmetic.u**2 * (count * (square / 3 + sizes / 6) + sizes + drift)
+
+    def bound(self, measure: Array, result: Array) -> Array:
+        """Return 8 standard deviations, two roundings of the result, and what may be lost to 0."""
+        xp, at = self.be.xp, self.arithmetic
+        return _where_finite(xp, result, 8.0 * xp.sqrt(measure) + 2.0 * at.u_out * xp.abs(result) + at.smallest)
+
+
+class Worst(Model):
+    """No correct kernel exceeds the bound, in whatever order it adds.
+
+    A sum of n products is off by at most `gamma(n + 1)` times the sum of their sizes, with
+    `gamma(n) = n u / (1 - n u)`: Higham, section 3.1. Where `n u` is no longer small, the bound is infinite.
+    """
+
+    name = "worst"
+
+    def size(self, array: Array) -> Array:
+        """Return the absolute value."""
+        return self.be.xp.abs(array)
+
+    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+        """Return the largest error."""
+        del total
+        steps = (count + 1.0) * self.arithmetic.u
+        return sizes * self.be.xp.where(steps < 1.0, steps / (1.0 - steps), float("inf"))
+
+    def bound(self, measure: Array, result: Array) -> Array:
+        """Return the error, one rounding of what it leads to, and what may be lost to 0."""
+        xp, at = self.be.xp, self.arithmetic
+        rounding = at.u_out * (xp.abs(result) + measure)
+        return _where_finite(xp, result, measure + rounding + at.smallest)
+
+
+MODELS: dict[str, type[Model]] = {model.name: model for model in (Expected, Worst)}
+
+
+def can_be_squared(be: Backend, arrays: Iterable[Array]) -> bool:
+    """Return whether squares and their products neither overflow nor vanish in float64."""
+    xp = be.xp
+    for array in arrays:
+        sizes = xp.abs(array)
+        odd = (sizes > 0) & ((sizes > 2.0**200) | (sizes < 2.0**-200)) & xp.isfinite(array)
+        if bool(xp.any(odd)):
+            return False
+    return True
+
+
+def _where_finite(xp: Any, result: Array, bound: Array) -> Array:
+    return xp.where(xp.isfinite(result), bound, 0.0)
