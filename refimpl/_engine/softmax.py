@@ -132,7 +132,7 @@ class _Softmax(NamedTuple):
 def _softmax(call: AttentionCall, tile: Tile, keys: slice) -> _Softmax:
     """Return softmax(s) for the rows of the tile."""
     xp = call.be.xp
-    s, slope, seen, sees = _scores(call, tile, keys)
+    s, slope, seen, sees = scores_of(call, tile, keys)
     sink = None if call.sink is None else slice_of(call.sink, tile)
     shift = _subtract_row_max(call, tile, keys, s, sink, sees)
     e = nan_safe.select(call.be, seen, call.be.exp(s))
@@ -149,7 +149,7 @@ def _softmax(call: AttentionCall, tile: Tile, keys: slice) -> _Softmax:
     return _Softmax(e, total, p_sink, logsumexp, slope, seen)
 
 
-def _scores(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array | None, Array | None, Array | None]:
+def scores_of(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array | None, Array | None, Array | None]:
     """Return the scores of the tile, -inf at hidden pairs, and `slope` and `seen` of `_Softmax`.
 
     Last, which rows see any key, (..., rows, 1); None where each does.
@@ -221,7 +221,7 @@ def _normalised(be: Backend, found: _Softmax) -> Array:
     return nan_safe.select(be, found.seen, p)
 
 
-def _dropped(call: AttentionCall, tile: Tile, keys: slice, weights: Array) -> Array:
+def dropped(call: AttentionCall, tile: Tile, keys: slice, weights: Array) -> Array:
     """Return the weights after dropout: kept ones divided by `keep_prob`, the others times 0."""
     if call.dropout_mask is None:
         return weights
@@ -241,7 +241,7 @@ def _attend(call: AttentionCall, tile: Tile, keys: slice, out: Array, logsumexp:
     found = _softmax(call, tile, keys)
     v = slice_of(call.value, (*tile[:-1], keys))
     p = _normalised(call.be, found)  # divided first, because undivided sums may overflow
-    out[...] = weighted_sum(call, _dropped(call, tile, keys, p), found.seen, v)
+    out[...] = weighted_sum(call, dropped(call, tile, keys, p), found.seen, v)
     logsumexp[...] = found.logsumexp[..., 0]
 
 
@@ -262,8 +262,8 @@ def _attend_backward(
         dv, dp = None, call.be.copy(slice_of(dout, (*tile, keys)))
     else:
         v, do = slice_of(call.value, columns), slice_of(dout, tile)
-        dv = transposed_sum(call, _dropped(call, tile, keys, p), seen, do)
-        dp = _dropped(call, tile, keys, call.be.matmul(do, xp.matrix_transpose(v)))
+        dv = transposed_sum(call, dropped(call, tile, keys, p), seen, do)
+        dp = dropped(call, tile, keys, call.be.matmul(do, xp.matrix_transpose(v)))
     dp = nan_safe.select(call.be, seen, dp)
     mean = call.be.row_sums(p, dp)
     if dlogsumexp is not None:

@@ -66,7 +66,7 @@ def error_bound(
 
     Notes
     -----
-    The bounds of convolutions and poolings are derived, op by op, in `refimpl.testing.analysis`. (Where numbers are too
+    The bounds of convolutions, poolings and attention are derived, op by op, in `refimpl.testing.analysis`. (Where numbers are too
     large or too small to be squared in float64, "expected" is "worst".) For any other function the bound is an
     estimate from samples, for both models.
 

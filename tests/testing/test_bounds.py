@@ -186,3 +186,79 @@ def test_the_dtype_may_be_named_in_any_way():
     for bound in named:
         np.testing.assert_array_equal(bound, named[0])
     assert (error_bound(refimpl.avg_pool, x, 2, dtype=ml_dtypes.bfloat16) > named[0]).all()
+
+
+def online(query, key, value, block=7):
+    """Attention over blocks of keys, one after the other, in the dtype of the arguments: FlashAttention's way."""
+    q, k, v = query / np.sqrt(query.dtype.type(query.shape[-1])), key, value
+    m = np.full((*q.shape[:-1], 1), -np.inf, dtype=q.dtype)
+    total, out = np.zeros_like(m), np.zeros((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    for first in range(0, k.shape[-2], block):
+        s = q @ np.swapaxes(k[..., first : first + block, :], -1, -2)
+        new = np.maximum(m, s.max(axis=-1, keepdims=True))
+        e, shrink = np.exp(s - new), np.exp(m - new)
+        total, out, m = (
+            total * shrink + e.sum(axis=-1, keepdims=True),
+            out * shrink + e @ v[..., first : first + block, :],
+            new,
+        )
+    return out / total, (m + np.log(total))[..., 0]
+
+
+def from_stored(dout, query, key, value, is_causal=False):
+    """The backward that takes weights from the logsumexp and the mean of dp from the output, as FlashAttention 2."""
+    out, logsumexp = refimpl.scaled_dot_product_attention(query, key, value, is_causal=is_causal, return_logsumexp=True)
+    scale = 1 / np.sqrt(query.dtype.type(query.shape[-1]))
+    p = np.exp(scale * (query @ np.swapaxes(key, -1, -2)) - logsumexp[..., None])
+    p = np.tril(p) if is_causal else p
+    ds = p * (dout @ np.swapaxes(value, -1, -2) - (dout * out).sum(axis=-1, keepdims=True))
+    t = np.swapaxes(ds, -1, -2) @ query
+    return scale * (ds @ key), scale * t, np.swapaxes(p, -1, -2) @ dout
+
+
+HARD = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "large logits": lambda rng, shape: 2.8 * rng.normal(size=shape),
+    "equal": lambda _, shape: np.full(shape, 0.3),
+    "of one sign": lambda rng, shape: rng.uniform(size=shape),
+    "a large key first": lambda rng, shape: np.where(
+        np.arange(shape[-2])[:, None] == 0, 2.0, np.abs(rng.normal(size=shape))
+    ),
+}
+
+
+@pytest.mark.parametrize("values", HARD)
+@pytest.mark.parametrize("keys", [1, 2, 100, 400])
+@pytest.mark.parametrize("model", ["expected", "worst"])
+def test_attention_in_other_orders(values, keys, model):
+    rng = np.random.default_rng(keys)
+    query, key, value, dout = (HARD[values](rng, (2, n, 64)).astype(np.float32) for n in (40, keys, keys, 40))
+    f, f_backward = refimpl.scaled_dot_product_attention, refimpl.scaled_dot_product_attention_backward
+    assert_matches(online(query, key, value), f, query, key, value, return_logsumexp=True, model=model)
+    for is_causal in (False, True):
+        arrays = (dout[:, :keys], query[:, :keys], key, value)
+        grads = refimpl.AttentionGrads(*from_stored(*arrays, is_causal=is_causal), None, None)
+        if arrays[1].shape[1] == keys or not is_causal:
+            assert_matches(grads, f_backward, *arrays, is_causal=is_causal, model=model)
+
+
+@pytest.mark.parametrize("error", [1e-4, -1e-4])
+def test_one_element_wrong_by_one_in_ten_thousand(error):
+    query, key, value, dout = (normal(2, 60, 32, seed=i).astype(np.float32) for i in range(4))
+    f, f_backward = refimpl.scaled_dot_product_attention, refimpl.scaled_dot_product_attention_backward
+    out, grads = f(query, key, value), f_backward(dout, query, key, value)
+    for name, due in (("out", out), ("dquery", grads.dquery), ("dkey", grads.dkey), ("dvalue", grads.dvalue)):
+        wrong = due.copy()
+        at = np.unravel_index(np.argsort(np.abs(due), axis=None)[due.size // 2], due.shape)
+        wrong[at] *= 1 + error
+        found = wrong if name == "out" else grads._replace(**{name: wrong})
+        op, arrays = (f, (query, key, value)) if name == "out" else (f_backward, (dout, query, key, value))
+        with pytest.raises(AssertionError, match="is wrong in 1 of"):
+            assert_matches(found, op, *arrays)
+
+
+def test_dout_of_ones_for_the_weights():
+    """All gradients are 0, by sums that cancel."""
+    query, key = normal(2, 30, 16).astype(np.float32), normal(2, 40, 16, seed=1).astype(np.float32)
+    grads = refimpl.attention_weights_backward(np.ones((2, 30, 40), dtype=np.float32), query, key)
+    assert_matches(grads, refimpl.attention_weights_backward, np.ones((2, 30, 40), dtype=np.float32), query, key)

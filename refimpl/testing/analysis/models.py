@@ -64,8 +64,46 @@ class Model:
         """Return the measure of an error of so many units of the roundoff, relative to the array."""
         return self.size(ulps * self.arithmetic.u * array)
 
+    def of_exponent(self, error: Array) -> Array:
+        """Return the measure of the relative error of `exp(x)` from that of the error of x."""
+        raise NotImplementedError
+
+    def of_quotient(self, mean: Array) -> Array:
+        """Return by what the relative errors of weights grow where their sum, off by the mean of them, divides them."""
+        raise NotImplementedError
+
+    def grown(self, size: Array, measure: Array) -> Array:
+        """Return the size of a factor that is itself off: what errors of second order add, where they count."""
+        raise NotImplementedError
+
+    def deviation(self, weights: Array, values: Array, mean: Array) -> Array:
+        """Return the sum over the last dimension of weights of `weights * size(values - mean)`, or a bound of it."""
+        raise NotImplementedError
+
+    def of_equal_rows(self, *arrays: Array) -> Array | float:
+        """Return by what errors of sums over rows grow where all rows (..., rows, features) of each array are equal."""
+        raise NotImplementedError
+
+    def either(self, a: Array, b: Array) -> Array:
+        """Return the measure of a number that is computed in one of two ways."""
+        return self.be.xp.maximum(a, b)
+
+    @property
+    def half(self) -> float:
+        """The measure of the relative error of rounding a factor to a half type, if there is one."""
+        raise NotImplementedError
+
+    @property
+    def half_floor(self) -> float:
+        """The measure of its absolute error below float16's normal numbers."""
+        return 0.0 if self.arithmetic.dtype != "float16" else self.size_of(2.0**-25)
+
+    def size_of(self, number: float) -> float:
+        """Return the size of a Python number."""
+        raise NotImplementedError
+
     def bound(self, measure: Array, result: Array) -> Array:
-        """Return how far a result may be from the exact one; 0 where that is not finite."""
+        """Return how far a result may be from the exact one; 0 where that is not finite, inf where nothing is known."""
         raise NotImplementedError
 
     def clean(self, array: Array) -> Array:
@@ -102,6 +140,44 @@ class Expected(Model):
         drift = count * count * square / 256 * share**16
         return self.arithmetic.u**2 * (count * (square / 3 + sizes / 6) + sizes + drift)
 
+    def of_exponent(self, error: Array) -> Array:
+        """Return it as it is: to first order."""
+        return error
+
+    def of_quotient(self, mean: Array) -> Array:
+        """Return 1: to first order."""
+        return 1.0 + 0.0 * mean
+
+    def grown(self, size: Array, measure: Array) -> Array:
+        """Return the size alone."""
+        del measure
+        return size
+
+    def deviation(self, weights: Array, values: Array, mean: Array) -> Array:
+        """Return it from three products, as (v - m)**2 = v**2 - 2 v m + m**2."""
+        xp = self.be.xp
+        total = xp.sum(weights, axis=-1, keepdims=True)
+        found = weights @ (values * values) - 2.0 * mean * (weights @ values) + mean * mean * total
+        return xp.maximum(found, 0.0 * found)
+
+    def of_equal_rows(self, *arrays: Array) -> Array | float:
+        """Return up to 1 + n / 8: n equal errors add up to n times one, where independent ones grow with sqrt(n)."""
+        xp, growth = self.be.xp, 1.0 + 0.0 * arrays[0][..., :1, :1]
+        for rows in arrays:
+            square, squares = xp.sum(rows, axis=-2, keepdims=True) ** 2, xp.sum(rows * rows, axis=-2, keepdims=True)
+            square, squares = (xp.sum(a, axis=-1, keepdims=True) for a in (square, squares * rows.shape[-2]))
+            growth = growth * xp.where(squares > 0, square / xp.where(squares > 0, squares, 1.0), 1.0) ** 8
+        return 1.0 + arrays[0].shape[-2] / 8 * growth
+
+    @property
+    def half(self) -> float:
+        """The variance of a uniform error of up to the roundoff."""
+        return self.arithmetic.u_out**2 / 3 if self.arithmetic.is_half else 0.0
+
+    def size_of(self, number: float) -> float:
+        """Return the square."""
+        return number * number
+
     def bound(self, measure: Array, result: Array) -> Array:
         """Return 8 standard deviations, two roundings of the result, and what may be lost to 0."""
         xp, at = self.be.xp, self.arithmetic
@@ -127,6 +203,37 @@ class Worst(Model):
         steps = (count + 1.0) * self.arithmetic.u
         return sizes * self.be.xp.where(steps < 1.0, steps / (1.0 - steps), float("inf"))
 
+    def of_exponent(self, error: Array) -> Array:
+        """Return exp(error) - 1."""
+        return self.be.xp.expm1(error)
+
+    def of_quotient(self, mean: Array) -> Array:
+        """Return 1 / (1 - mean), for which nothing is known from 1 on."""
+        return self.be.xp.where(mean < 1.0, 1.0 / (1.0 - mean), float("inf"))
+
+    def grown(self, size: Array, measure: Array) -> Array:
+        """Return the sum of both."""
+        return size + measure
+
+    def deviation(self, weights: Array, values: Array, mean: Array) -> Array:
+        """Return it with |v| + |m| in place of |v - m|."""
+        xp = self.be.xp
+        return weights @ xp.abs(values) + xp.abs(mean) * xp.sum(weights, axis=-1, keepdims=True)
+
+    def of_equal_rows(self, *arrays: Array) -> Array | float:
+        """Return 1."""
+        del arrays
+        return 1.0
+
+    @property
+    def half(self) -> float:
+        """The roundoff."""
+        return self.arithmetic.u_out if self.arithmetic.is_half else 0.0
+
+    def size_of(self, number: float) -> float:
+        """Return the absolute value."""
+        return abs(number)
+
     def bound(self, measure: Array, result: Array) -> Array:
         """Return the error, one rounding of what it leads to, and what may be lost to 0."""
         xp, at = self.be.xp, self.arithmetic
@@ -143,10 +250,10 @@ def can_be_squared(be: Backend, arrays: Iterable[Array]) -> bool:
     for array in arrays:
         sizes = xp.abs(array)
         odd = (sizes > 0) & ((sizes > 2.0**200) | (sizes < 2.0**-200)) & xp.isfinite(array)
-        if bool(xp.any(odd)):
+        if be.to_numpy(xp.any(odd)).item():
             return False
     return True
 
 
 def _where_finite(xp: Any, result: Array, bound: Array) -> Array:
-    return xp.where(xp.isfinite(result), bound, 0.0)
+    return xp.where(xp.isfinite(result), xp.where(xp.isnan(bound), float("inf"), bound), 0.0)
