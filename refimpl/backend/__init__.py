@@ -160,12 +160,24 @@ def common(function: str, arrays: Mapping[str, Array | None]) -> Backend:
 
 
 def op(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a public op of a function: it computes in the context of its arrays' backend."""
+    """Make a public op of a function: it computes in the context of its arrays' backend.
+
+    A `numpy.memmap` is taken as the array that it is.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
+        if not _PLAIN.issuperset(map(type, (*args, *options.values()))):
+            args, options = mapped(_without_file, args), mapped(_without_file, options)
         first = next((be for be in map(find, (*args, *options.values())) if be is not None), NUMPY)
         with first.context():
             return function(*args, **options)
 
     return call
+
+
+_PLAIN = frozenset((np.ndarray, bool, int, float, str, tuple, type(None)))  # types that hold no numpy.memmap
+
+
+def _without_file(value: Any) -> Any:
+    return value.view(np.ndarray) if type(value) is np.memmap else value

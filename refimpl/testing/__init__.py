@@ -3,7 +3,9 @@
 `refimpl.testing.strategies` is imported by itself, as it needs Hypothesis.
 """
 
-from .bounds import assert_matches, error_bound
+from .bounds import error_bound
+from .comparison import assert_matches, compare
 from .gradients import check_gradients
+from .report import Report, ResultReport
 
-__all__ = ["assert_matches", "check_gradients", "error_bound"]
+__all__ = ["Report", "ResultReport", "assert_matches", "check_gradients", "compare", "error_bound"]

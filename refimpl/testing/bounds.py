@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one, and comparison of a kernel with the float64 reference."""
+"""How far a result may be from the exact one."""
 
 import math
 import numbers
@@ -10,9 +10,10 @@ import numpy as np
 from .. import backend
 from ..backend import Array
 from .analysis import ANALYSES, MODELS, Arithmetic, can_be_squared
-from .trees import leaves
+from .arrays import returned, viewed
+from .trees import leaves, together
 
-__all__ = ["assert_matches", "error_bound"]
+__all__ = ["error_bound"]
 
 _DRAWS, _HEAVY_DRAWS = 16, 32
 _STEP = 2.0**-30  # of relative changes; the error of float64 is far below their effect, their square far below them
@@ -38,7 +39,8 @@ def error_bound(
     f
         An op or its backward, or any function of arrays of one backend.
     *arrays, **options
-        Its arguments, of any floating dtype: the numbers that the kernel is given.
+        Its arguments, of any floating dtype: the numbers that the kernel is given. Arrays of NumPy, CuPy, PyTorch or
+        JAX, mixed if `f` is an op of refimpl: what lies on a CPU is viewed as NumPy arrays, the rest stays on its GPU.
     dtype : dtype or its name, optional
         That of the kernel's result: "float64", "float32", "float16" or "bfloat16"; that of the first floating argument
         unless given.
@@ -66,9 +68,9 @@ def error_bound(
 
     Notes
     -----
-    The bounds of convolutions, poolings and attention are derived, op by op, in `refimpl.testing.analysis`. (Where numbers are too
-    large or too small to be squared in float64, "expected" is "worst".) For any other function the bound is an
-    estimate from samples, for both models.
+    The bounds of convolutions, poolings and attention are derived, op by op, in `refimpl.testing.analysis`. (Where
+    numbers are too large or too small to be squared in float64, "expected" is "worst".) For any other function the
+    bound is an estimate from samples, for both models.
 
     In the estimate, what rounding does to a result is, up to a factor, what small relative changes of the arguments do
     to it. With `a_i` the change of an element of the result by each of them, u the unit roundoff of the dtype, U that
@@ -96,88 +98,11 @@ def error_bound(
     >>> bool((error_bound(refimpl.avg_pool, x, 2) < 1e-5).all())
     True
     """
-    arithmetic = _allowances("error_bound", model, exp_ulps, sums)
-    return _reference(f, arrays, options, lambda _: dtype, arithmetic, model, seed)[1]
+    arithmetic = allowances("error_bound", model, exp_ulps, sums)
+    return reference("error_bound", f, arrays, options, lambda _: dtype, arithmetic, model, seed)[1]
 
 
-def assert_matches(
-    actual: Any,
-    f: Callable[..., Any],
-    /,
-    *arrays: Array,
-    model: str = "expected",
-    exp_ulps: float = 4.0,
-    sums: str = "float32",
-    seed: int = 0,
-    **options: Any,
-) -> None:
-    """Compare what a kernel returned with `f(*arrays, **options)` in float64.
-
-    Parameters
-    ----------
-    actual
-        What the kernel returned for the same arguments: an array, or a tuple or mapping of them as `f` returns it. One
-        array is compared with the first result of `f`. Each result's dtype is the one whose rounding is allowed for.
-    f, *arrays, **options, model, exp_ulps, sums, seed
-        As for `error_bound`.
-
-    Raises
-    ------
-    AssertionError
-        If a result has the wrong shape, or an element is further from the reference than `error_bound` says: with the
-        worst index, both values, their difference and the bound. A NaN or inf must be one in the reference, too; beyond
-        the largest number of the dtype, inf is right.
-
-    Examples
-    --------
-    >>> import numpy as np, refimpl
-    >>> x = np.array([[[1.0, 2.0, 4.0, 8.0]]], dtype=np.float32)
-    >>> assert_matches(np.array([[[1.5, 6.0]]], dtype=np.float32), refimpl.avg_pool, x, 2)
-    >>> assert_matches(np.array([[[1.5, 6.1]]], dtype=np.float32), refimpl.avg_pool, x, 2)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    AssertionError: assert_matches: the result is wrong in 1 of 2 elements; worst at [0, 0, 1]: 6.099..., ...
-    """
-    for name, array in leaves(actual):
-        if not backend.is_array(array):
-            raise TypeError(f"assert_matches: {name or 'actual'} must be an array; got {type(array).__name__}")
-        be = backend.of(array)
-        if not (be.is_floating(array) or be.is_integer(array)):
-            raise TypeError(f"assert_matches: {name or 'actual'} must be floating or integers; got {array.dtype}")
-    dtypes = {name: str(array.dtype) for name, array in leaves(actual) if _is_floating(array)}
-    dtypes.setdefault("result 0", dtypes.get("", ""))  # one array is compared with the first result
-    arithmetic = _allowances("assert_matches", model, exp_ulps, sums)
-    expected, bounds = _reference(f, arrays, options, lambda name: dtypes.get(name) or None, arithmetic, model, seed)
-    if isinstance(expected, tuple) and not isinstance(actual, tuple):
-        expected, bounds = expected[0], bounds[0]
-    due, came = dict(leaves(expected)), dict(leaves(actual))
-    if due.keys() != came.keys():
-        raise AssertionError(f"assert_matches: actual must hold {', '.join(due)}; got {', '.join(came)}")
-    for (name, result), (_, bound) in zip(due.items(), leaves(bounds), strict=True):
-        _compare(name or "the result", backend.to_numpy(came[name]), result, bound)
-
-
-def _compare(name: str, actual: np.ndarray[Any, Any], expected: Any, bound: Any) -> None:
-    """Compare one array."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"assert_matches: {name} must have shape {expected.shape}; got {actual.shape}")
-    values = actual.astype(np.float64) if expected.dtype.kind == "f" else actual
-    with np.errstate(all="ignore"):
-        difference = np.abs(values - expected)
-        right = (difference <= bound) | (values == expected) | (np.isnan(values) & np.isnan(expected))
-        if expected.dtype.kind == "f" and actual.dtype.kind not in "iu":
-            largest = _largest(actual.dtype)
-            right |= np.isinf(values) & (np.sign(values) == np.sign(expected)) & (np.abs(expected) + bound > largest)
-    if not right.all():
-        excess = np.where(right, -math.inf, np.nan_to_num(difference - bound, nan=math.inf))
-        at = np.unravel_index(int(np.argmax(excess)), excess.shape)
-        raise AssertionError(
-            f"assert_matches: {name} is wrong in {int((~right).sum())} of {right.size} elements; worst at "
-            f"{[int(i) for i in at]}: {values[at].item()!r}, reference {expected[at].item()!r}; they differ by "
-            f"{difference[at].item():.3e}, and rounding in {actual.dtype} explains {np.asarray(bound)[at].item():.3e}"
-        )
-
-
-def _allowances(function: str, model: str, exp_ulps: float, sums: str) -> Callable[[str], Arithmetic]:
+def allowances(function: str, model: str, exp_ulps: float, sums: str) -> Callable[[str], Arithmetic]:
     """Check what is allowed for, and return the arithmetic of a dtype."""
     if model not in MODELS:
         raise ValueError(f"{function}: model must be 'expected' or 'worst'; got {backend.shown(model)}")
@@ -188,7 +113,8 @@ def _allowances(function: str, model: str, exp_ulps: float, sums: str) -> Callab
     return lambda dtype: Arithmetic(dtype, float(exp_ulps), sums)
 
 
-def _reference(
+def reference(
+    function: str,
     f: Callable[..., Any],
     arrays: tuple[Any, ...],
     options: dict[str, Any],
@@ -202,19 +128,20 @@ def _reference(
     `dtype_of` gives the dtype of the result of each name; None stands for that of the first floating argument.
     """
     given = {"arrays": arrays, "options": options}
-    floating = [array for _, array in leaves(given) if _is_floating(array)]
+    views = viewed(function, given)
+    floating = [array for _, array in leaves(views) if _is_floating(array)]
     if not floating:
-        raise TypeError("error_bound: arrays must hold a floating array, as integers are exact; got none")
+        raise TypeError(f"{function}: arrays must hold a floating array, as integers are exact; got none")
     default = backend.of(floating[0]).dtype_name(floating[0])
 
     def of_result(name: str) -> Arithmetic:
         dtype = dtype_of(name)
-        return arithmetic(default if dtype is None else _dtype_name(dtype))
+        return arithmetic(default if dtype is None else dtype_name(dtype))
 
     of_result("")  # a wrong dtype is found before anything is computed
     if f in ANALYSES:
-        return _analysed(f, given, of_result, model)
-    return _sampled(f, given, of_result, seed)
+        return _analysed(f, views, of_result, model)
+    return _sampled(f, given, views, of_result, seed)
 
 
 def _analysed(
@@ -246,7 +173,11 @@ def _analysed(
 
 
 def _sampled(
-    f: Callable[..., Any], given: dict[str, Any], of_result: Callable[[str], Arithmetic], seed: int
+    f: Callable[..., Any],
+    given: dict[str, Any],
+    views: dict[str, Any],
+    of_result: Callable[[str], Arithmetic],
+    seed: int,
 ) -> tuple[Any, Any]:
     """Return results and bounds by sampling."""
     rng = np.random.default_rng(seed)
@@ -254,13 +185,14 @@ def _sampled(
     def at(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], dtype: type = np.float64) -> Any:
         """Return the results in a dtype where every floating argument is changed."""
 
-        def put(array: Any) -> Any:
-            if not _is_floating(array):
+        def put(array: Any, view: Any) -> Any:
+            if not _is_floating(view):
                 return array
-            return backend.of(array).from_numpy(change(backend.to_numpy(array).astype(np.float64)).astype(dtype))
+            return returned(change(backend.to_numpy(view).astype(np.float64)).astype(dtype), array)
 
-        changed = backend.mapped(put, given)
-        return backend.mapped(lambda r: backend.to_numpy(_as_array(r)), f(*changed["arrays"], **changed["options"]))
+        changed = together(put, given, views)
+        results = viewed("error_bound", f(*changed["arrays"], **changed["options"]))
+        return backend.mapped(backend.to_numpy, results)
 
     expected = at(lambda values: values)
 
@@ -330,7 +262,7 @@ def _known(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     """Return the name of a floating dtype that results may have."""
     name = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
     name = name.rpartition(".")[2]
@@ -341,11 +273,7 @@ def _dtype_name(dtype: Any) -> str:
     return name
 
 
-def _largest(dtype: Any) -> float:
+def largest(dtype: Any) -> float:
     """Return the largest number of a floating dtype; bfloat16 ends shortly before float32."""
-    name = _dtype_name(str(dtype))
+    name = dtype_name(str(dtype))
     return float(np.finfo("float32" if name == "bfloat16" else name).max)
-
-
-def _as_array(value: Any) -> Any:
-    return np.asarray(value) if isinstance(value, np.generic) else value
