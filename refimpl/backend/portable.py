@@ -60,7 +60,9 @@ class Backend:
 
     def refuse(self, array: Array) -> str | None:
         """Return which rule an array of this backend breaks that ops cannot compute with, None if it is fine."""
-        del array
+        if hasattr(type(array), "at"):  # as JAX's arrays have, in place of assignments
+            rule = f"be writeable in place; got an array of {self.xp.__name__}"
+            return f"{rule}, which numpy.from_dlpack (bfloat16: numpy.asarray) views"
         return None
 
     def goes_with(self, other: "Backend") -> bool:

@@ -78,7 +78,7 @@ def _viewed(function: str, array: Any, name: str) -> Array:
     if jax is not None and isinstance(array, jax.Array) and all(d.platform == "cpu" for d in array.devices()):
         return np.asarray(array)  # knows bfloat16, which DLPack does not bring to NumPy
     be = backend.find(array)
-    if be is not None and be.refuse(array) is None and _is_written(array):
+    if be is not None and be.refuse(array) is None:
         return array
     if hasattr(array, "__dlpack_device__"):
         if array.__dlpack_device__()[0] == _ON_CPU:
@@ -86,11 +86,6 @@ def _viewed(function: str, array: Any, name: str) -> Array:
         if (cupy := sys.modules.get("cupy")) is not None:
             return cupy.from_dlpack(array)
     raise TypeError(f"{function}: {name or 'the array'} cannot be viewed as a NumPy or CuPy array; got {type(array)}")
-
-
-def _is_written(array: Any) -> bool:
-    """Return whether arrays of this type can be written in place, as ops need."""
-    return hasattr(type(array), "__setitem__") and not type(array).__module__.startswith("jax")
 
 
 def _of_torch(function: str, torch: Any, tensor: Any, name: str) -> Array:

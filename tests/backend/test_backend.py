@@ -78,6 +78,29 @@ def test_numpy_is_always_available():
     assert set(be.available()) <= {"numpy", "cupy", "torch"}
 
 
+class Immutable:
+    """An array as JAX has them: with `at`, in place of assignments."""
+
+    device, dtype, shape, ndim, at = "cpu", np.float64, (1, 1, 4), 3, None
+
+    def __array_namespace__(self):
+        return np
+
+
+def test_arrays_that_cannot_be_written_are_refused():
+    message = "avg_pool: x must be writeable in place; got an array of numpy, which numpy.from_dlpack"
+    with pytest.raises(TypeError, match=message):
+        refimpl.avg_pool(Immutable(), 2)
+
+
+def test_arrays_of_jax():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.ones((1, 1, 4))
+    with pytest.raises(TypeError, match="conv: x must be writeable in place; got an array of jax.numpy, which"):
+        refimpl.conv(x, x)
+    assert refimpl.avg_pool(np.from_dlpack(x), 2).shape == (1, 1, 2)
+
+
 def test_guarded_arrays_refuse_to_be_looked_at():
     """The guard must guard, or the tests that run on it show nothing."""
     array = np.ones(1).view(Guarded)
