@@ -14,7 +14,10 @@ import refimpl
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
-VALUES = ("normal", "integers", "distinct", "nonzero", "extreme", "nonfinite")
+VALUES = (
+    "normal", "integers", "distinct", "nonzero", "extreme", "nonfinite",
+    "positive", "large", "cancelling", "equal", "outlier",
+)  # fmt: skip
 LAYOUTS = ("contiguous", "transposed", "strided", "reversed", "broadcast", "readonly")
 _EXPONENTS = {  # the largest, the smallest of a normal number, and that of the smallest number of all
     "float64": (1023, -1022, -1074),
@@ -196,6 +199,16 @@ class Source:
             numbers = rng.integers(-4, 5, size=shape)
         elif kind == "nonzero":
             numbers = rng.uniform(0.5, 2.0, size=shape) * rng.choice([-1.0, 1.0], shape)
+        elif kind == "positive":
+            numbers = rng.uniform(size=shape)
+        elif kind == "large":  # logits of 64 and more
+            numbers = 8.0 * rng.normal(size=shape)
+        elif kind == "cancelling":
+            numbers = np.where(np.arange(math.prod(shape)) % 2, 1.0, -1.0).reshape(shape) + rng.normal(size=shape) / 256
+        elif kind == "equal":
+            numbers = np.full(shape, rng.normal())
+        elif kind == "outlier":
+            numbers = rng.normal(size=shape) * np.where(rng.random(shape) < 1 / 16, 256.0, 1.0)
         elif kind == "extreme":
             largest, normal, smallest = _EXPONENTS[self.dtype.name]
             large = 2.0 ** max(3, largest // self.limits.factors - 4)

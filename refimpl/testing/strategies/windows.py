@@ -70,6 +70,11 @@ def conv(
         - `"nonzero"`: of magnitudes from 0.5 to 2
         - `"extreme"`: zeros of both signs, subnormal, tiny and huge numbers, whose products do not overflow
         - `"nonfinite"`: normal, and some NaN, inf and -inf
+        - `"positive"`: of one sign, up to 1, so that sums grow
+        - `"large"`: normal times 8, so that attention's logits reach 64
+        - `"cancelling"`: nearly 1 and -1 in turn, so that sums cancel
+        - `"equal"`: one number in a whole array, so that rounding errors of sums have one direction
+        - `"outlier"`: normal, one of 16 times 256
     layouts : names of layouts
         How each array lies in memory: `"contiguous"`, `"transposed"` (in Fortran's order), `"strided"` (with gaps),
         `"reversed"` (negative strides), `"broadcast"` (a stride of 0 along the first dimension, unless values must be
