@@ -1,6 +1,7 @@
 """Try a kernel with drawn calls of an op: python -m refimpl.testing MODULE:KERNEL --op OP."""
 
 import argparse
+import ast
 import importlib
 import pathlib
 import sys
@@ -27,6 +28,8 @@ def main() -> int:
     parser.add_argument(
         "--sums", default="float32", choices=["float32", "result"], help="where half types are added up"
     )
+    aim = "a parameter of the op's strategy, such as ranks=(2,), lengths=(64,128) or values='large'"
+    parser.add_argument("--aim", action="append", default=[], metavar="NAME=VALUE", help=aim)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report there, too")
     given = parser.parse_args()
     try:
@@ -54,13 +57,23 @@ def main() -> int:
             model=given.model,
             sums=given.sums,
             progress=progress,
+            **dict(_aim(text) for text in given.aim),
         )
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         parser.error(str(error))
     print(report)
     if given.json is not None:
         given.json.write_text(report.to_json())
     return 0 if report.ok else 1
+
+
+def _aim(text: str) -> tuple[str, Any]:
+    """Return the name and the value of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        raise ValueError(f"an aim is NAME=VALUE, a value as Python writes it; got {text!r}") from None
 
 
 def _found(place: str) -> Callable[..., Any]:

@@ -239,12 +239,14 @@ def test_the_command(tmp_path):
     assert passed.returncode == 0, passed.stderr
     assert passed.stdout.startswith("conv: 10 passed, 0 failed, 0 refused (seed 0)")
     assert json.loads((tmp_path / "report.json").read_text())["passed"] == 10
-    failed = run("mine:wrong", "--op", "conv", "--options", "", "--seed", "3")
+    failed = run("mine:wrong", "--op", "conv", "--options", "", "--seed", "3", "--aim", "ranks=(1,)")
     assert failed.returncode == 1
     assert "every element is 2 times the reference" in failed.stdout
     for arguments, message in (
         (("mine:wrong", "--op", "convolution"), "op must be one of"),
         (("mine:nothing", "--op", "conv"), "no attribute 'nothing'"),
+        (("mine:right", "--op", "conv", "--aim", "ranks"), "an aim is NAME=VALUE"),
+        (("mine:right", "--op", "conv", "--aim", "rank=1"), "unexpected keyword argument 'rank'"),
         (("mine", "--op", "conv"), "a kernel is named MODULE:KERNEL; got 'mine'"),
         (("elsewhere:f", "--op", "conv"), "No module named 'elsewhere'"),
     ):

@@ -165,6 +165,7 @@ def _torch_conv(kernel: Kernel) -> Kernel:
     """`torch.nn.functional.conv{1,2,3}d`: one padding for both ends of a dimension."""
 
     def call(x: Any, weight: Any, bias: Any = None, **options: Any) -> Any:
+        _refuse_rank(kernel, weight.ndim - 2)
         if options.pop("padding_mode", "zeros") != "zeros":
             raise NotImplementedError("padding of zeros only")
         padding = _symmetric(options.get("padding", 0))
@@ -181,6 +182,8 @@ def _torch_pool(kernel: Kernel) -> Kernel:
     """`torch.nn.functional.{max,avg}_pool{1,2,3}d`: paddings of at most half the kernel, alike at both ends."""
 
     def call(x: Any, kernel_size: Any, **options: Any) -> Any:
+        if not isinstance(kernel_size, int):
+            _refuse_rank(kernel, len(kernel_size))
         if isinstance(options.get("padding"), str):
             raise NotImplementedError("padding is numbers")
         kernel_size, padding = _sequence(kernel_size), _symmetric(options.get("padding", 0))
@@ -190,6 +193,13 @@ def _torch_pool(kernel: Kernel) -> Kernel:
         return kernel(x, kernel_size, padding=padding, **named)
 
     return call
+
+
+def _refuse_rank(kernel: Kernel, rank: int) -> None:
+    """Refuse other numbers of spatial dimensions than the function's name says: `conv2d` has two."""
+    named = [int(letter) for letter in getattr(kernel, "__name__", "") if letter.isdigit()]
+    if named and named[-1] != rank:
+        raise NotImplementedError(f"{named[-1]} spatial dimensions")
 
 
 def _symmetric(padding: Any) -> Any:
