@@ -134,6 +134,13 @@ def _compared(
     missing = set() if some else due.keys() - came.keys()
     if missing or came.keys() - due.keys() or not came:
         raise AssertionError(f"{function}: actual must hold {', '.join(due)}; got {', '.join(came) or 'nothing'}")
+
+    @functools.cache
+    def in_half() -> dict[str, Any]:
+        """Return the bounds of a kernel that adds up in float16."""
+        low = allowances(function, model, exp_ulps, "result")
+        return dict(leaves(reference(function, f, arrays, options, lambda _: "float16", low, model, seed)[1]))
+
     others = functools.cache(lambda: references(f, arrays, options) if f in ANALYSES else [])
     results = []
     for name, result in due.items():
@@ -142,6 +149,8 @@ def _compared(
             if compared.wrong and compared.errors is not None:
                 bound = np.broadcast_to(explained[name], result.shape)
                 found = patterns_of(name, came[name], result, compared.errors, bound, f, others)
+                if f in ANALYSES and not any("reference" in pattern for pattern in found):
+                    found = (*_precision(came[name], result, in_half()[name]), *found)
                 compared = replace(compared, patterns=found)
             results.append(compared)
     return Report(_shown_call(f, arrays, options, seed), tuple(results))
@@ -208,6 +217,13 @@ def _compare(name: str, actual: np.ndarray[Any, Any], expected: Any, bound: Any)
         error=float(errors[at]),
         errors=errors,
     )
+
+
+def _precision(actual: np.ndarray[Any, Any], expected: Any, bound: Any) -> tuple[str, ...]:
+    """Return whether sums in float16 explain what came."""
+    if not (_compare("", actual, expected, bound).wrong == 0 and np.any(actual)):
+        return ()
+    return ("what sums in float16 explain: is something added up, or rounded, in lower precision?",)
 
 
 def _shown_call(f: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any], seed: int) -> str:

@@ -75,10 +75,22 @@ def references(
     for text, other_arrays, other_options in _other_calls(f, given["arrays"], given["options"]):
         try:
             results = f(*other_arrays, **other_options)
-            found.append((text, {n: backend.to_numpy(r) for n, r in leaves(results)}))
+            found.append((text, {n: _folded(n, r, arrays) for n, r in leaves(results)}))
         except (TypeError, ValueError):
             continue
     return found
+
+
+def _folded(name: str, result: Any, arrays: tuple[Any, ...]) -> Numpy:
+    """Return a result as the call itself has it: gradients of keys that were repeated for each query head add up."""
+    found = backend.to_numpy(result)
+    place = {"dkey": 2, "dvalue": 3}.get(name)
+    due = tuple(arrays[place].shape) if place is not None and len(arrays) == 4 else found.shape
+    if due == found.shape or found.ndim < 3:
+        return found
+    heads = due[-3]
+    folded: Numpy = found.reshape(*found.shape[:-3], found.shape[-3] // heads, heads, *found.shape[-2:]).sum(-4)
+    return folded
 
 
 def _other_calls(
@@ -134,10 +146,14 @@ def _other_attention(
         out = refimpl.scaled_dot_product_attention(query, key, *values, **inner)
         mean = (dout * out).sum(-1)
         yield "without the row mean in ds = p (dp - mean)", arrays, options | {"dlogsumexp": mean}
-    if query.ndim > 2 and key.ndim > 2 and key.shape[-3] != query.shape[-3] and not first:
+    if query.ndim > 2 and key.ndim > 2 and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         tiled = (np.concatenate([a] * times, axis=-3) for a in (key, *values))
-        yield "with key head `h % Hkv` for query head h, in place of `h // (Hq / Hkv)`", (query, *tiled), options
+        yield (
+            "with key head `h % Hkv` for query head h, in place of `h // (Hq / Hkv)`",
+            (*arrays[:first], query, *tiled),
+            options,
+        )
 
 
 def _rounded(array: Numpy, bits: int) -> Numpy:

@@ -130,6 +130,23 @@ def test_convolutions_and_pools():
     assert "on arguments rounded to bfloat16" in patterns(compare(low, refimpl.conv, x, weight))
 
 
+def test_sums_in_half_precision(qkv):
+    out = ATTENTION(*(a.astype(np.float16) for a in qkv)).astype(np.float32)
+    assert "what sums in float16 explain" in patterns(compare(out, ATTENTION, *qkv))
+    out[1, 2, 3, 4] += 1
+    assert "what sums in float16 explain" not in patterns(compare(out, ATTENTION, *qkv))
+
+
+def test_gradients_of_other_heads(qkv):
+    query, key, value = qkv
+    dout = single(2, 8, 24, 16, seed=3)
+    dquery, dkey, dvalue, *_ = BACKWARD(dout, query, np.tile(key, (1, 2, 1, 1)), np.tile(value, (1, 2, 1, 1)))
+    folded = [d.reshape(2, 2, 4, 24, 16).sum(1) for d in (dkey, dvalue)]
+    report = compare((dquery, *folded), BACKWARD, dout, *qkv)
+    for name in ("dquery", "dkey", "dvalue"):
+        assert "with key head `h % Hkv` for query head h" in patterns(report, name)
+
+
 def test_nan_and_inf_apart(qkv):
     out = ATTENTION(*qkv)
     out[0, 0, 3] = np.nan
