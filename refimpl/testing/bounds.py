@@ -68,9 +68,9 @@ def error_bound(
 
     Notes
     -----
-    The bounds of convolutions, poolings and attention are derived, op by op, in `refimpl.testing.analysis`. (Where
-    numbers are too large or too small to be squared in float64, "expected" is "worst".) For any other function the
-    bound is an estimate from samples, for both models.
+    The bounds of refimpl's ops are derived, op by op, in `refimpl.testing.analysis`, and cost a few evaluations of the
+    op. (Where numbers are too large or too small to be squared in float64, "expected" is "worst".) For any other
+    function the bound is an estimate from samples, for both models.
 
     In the estimate, what rounding does to a result is, up to a factor, what small relative changes of the arguments do
     to it. With `a_i` the change of an element of the result by each of them, u the unit roundoff of the dtype, U that

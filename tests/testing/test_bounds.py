@@ -9,6 +9,7 @@ from samples import normal
 
 import refimpl
 from refimpl.testing import assert_matches, error_bound, strategies
+from refimpl.testing.analysis import ANALYSES
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -82,6 +83,12 @@ def test_no_order_of_a_sum_exceeds_the_worst_bound(terms, order):
     worst, expected = (error_bound(refimpl.adaptive_avg_pool, x, 1, model=model) for model in ("worst", "expected"))
     assert (worst > np.abs(x).mean(axis=-1, keepdims=True) * 2_000 * 2.0**-24).all()
     assert np.median(worst) > np.median(expected)
+
+
+def test_every_op_has_an_analysis():
+    ops = {getattr(refimpl, name) for name in strategies.EVERY_OP}
+    backwards = {getattr(refimpl, f"{name}_backward") for name in strategies.EVERY_OP}
+    assert ANALYSES.keys() == ops | backwards
 
 
 def test_half_sums_are_an_allowance():

@@ -29,8 +29,8 @@ def _attention(
     model: Model, result: Any, query: Array, key: Array, value: Array, *, return_logsumexp: bool = False, **options: Any
 ) -> Any:
     """Return the error of the output, and that of the logsumexp."""
-    call = _call(model, "scaled_dot_product_attention", {"query": query, "key": key, "value": value}, options)
-    out, logsumexp = _by_rows(model, call, int(value.shape[-1]))
+    call = call_of(model, "scaled_dot_product_attention", {"query": query, "key": key, "value": value}, options)
+    out, logsumexp = errors_by_row(model, call, int(value.shape[-1]))
     shape = (result[0] if return_logsumexp else result).shape
     out = model.be.xp.reshape(out, shape)
     return (out, model.be.xp.reshape(logsumexp, shape[:-1])) if return_logsumexp else out
@@ -40,8 +40,8 @@ def _weights(
     model: Model, result: Any, query: Array, key: Array, *, return_logsumexp: bool = False, **options: Any
 ) -> Any:
     """Return the error of the weights, and that of the logsumexp."""
-    call = _call(model, "attention_weights", {"query": query, "key": key}, options)
-    weights, logsumexp = _by_rows(model, call, int(key.shape[-2]))
+    call = call_of(model, "attention_weights", {"query": query, "key": key}, options)
+    weights, logsumexp = errors_by_row(model, call, int(key.shape[-2]))
     shape = (result[0] if return_logsumexp else result).shape
     weights = model.be.xp.reshape(weights, shape)
     return (weights, model.be.xp.reshape(logsumexp, shape[:-1])) if return_logsumexp else weights
@@ -52,7 +52,7 @@ def _attention_backward(
 ) -> AttentionGrads:
     """Return the error of each gradient."""
     arrays = {"query": query, "key": key, "value": value, "dout": dout}
-    return AttentionGrads(*_gradients(model, "scaled_dot_product_attention_backward", result, arrays, options))
+    return AttentionGrads(*errors_of_gradients(model, "scaled_dot_product_attention_backward", result, arrays, options))
 
 
 def _weights_backward(
@@ -61,7 +61,7 @@ def _weights_backward(
     """Return the error of each gradient."""
     arrays = {"query": query, "key": key, "dout": dout}
     padded = AttentionGrads(result.dquery, result.dkey, None, result.dbias, result.dsink)
-    dquery, dkey, _, dbias, dsink = _gradients(model, "attention_weights_backward", padded, arrays, options)
+    dquery, dkey, _, dbias, dsink = errors_of_gradients(model, "attention_weights_backward", padded, arrays, options)
     return AttentionWeightsGrads(dquery, dkey, dbias, dsink)
 
 
@@ -74,7 +74,7 @@ ANALYSES: dict[Callable[..., Any], Callable[..., Any]] = {
 """The analysis of each op."""
 
 
-def _call(model: Model, function: str, arrays: dict[str, Array], options: dict[str, Any]) -> AttentionCall:
+def call_of(model: Model, function: str, arrays: dict[str, Array], options: dict[str, Any]) -> AttentionCall:
     """Return the arguments in the form of tiles, with 0 for what is not finite; a bias or sink of -inf hides."""
     clean = {name: model.clean(array) for name, array in arrays.items()}
     given = AttentionOptions(**options)
@@ -84,6 +84,18 @@ def _call(model: Model, function: str, arrays: dict[str, Array], options: dict[s
 
 def _finite_or_hiding(model: Model, array: Array | None) -> Array | None:
     return None if array is None else model.be.xp.where(array == -math.inf, array, model.clean(array))
+
+
+class InputErrors(NamedTuple):
+    """How far the arguments of the softmax and its products are off themselves, in the form of tiles; None: exact."""
+
+    query: Array | None = None
+    key: Array | None = None
+    value: Array | None = None
+    dout: Array | None = None
+
+
+EXACT = InputErrors()
 
 
 class _Rows(NamedTuple):
@@ -112,7 +124,7 @@ class _Rows(NamedTuple):
     """The weight of the sink, (..., rows, 1), and its own relative error."""
 
 
-def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice) -> _Rows:
+def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice, inputs: InputErrors) -> _Rows:
     xp, at = call.be.xp, model.arithmetic
     q, k = slice_of(call.query, tile), slice_of(call.key, (*tile[:-1], keys))
     s, slope, *_ = scores_of(call, tile, keys)
@@ -121,6 +133,11 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice) -> _Rows:
     sizes = model.size_of(call.scale) * (model.size(q) @ xp.matrix_transpose(model.size(k)))
     one = 1.0 + 0.0 * t
     error = model.of_sum(t, sizes, float(q.shape[-1]) * one) + model.relative(1.0, one) * sizes + model.relative(1.0, t)
+    columns, factor = (*tile[:-1], keys), model.size_of(call.scale)
+    if inputs.query is not None and inputs.key is not None:
+        of_query, of_key = slice_of(inputs.query, tile), slice_of(inputs.key, columns)
+        error = error + factor * (of_query @ xp.matrix_transpose(model.grown(model.size(k), of_key)))
+        error = error + factor * (model.size(q) @ xp.matrix_transpose(of_key))
     of_slope = None
     if call.softcap is not None and slope is not None:
         tanh = xp.tanh(t / call.softcap)
@@ -177,9 +194,9 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice) -> _Rows:
     )
 
 
-def _output(model: Model, call: AttentionCall, rows: _Rows, v: Array) -> tuple[Array, Array]:
+def _output(model: Model, call: AttentionCall, rows: _Rows, columns: Tile, inputs: InputErrors) -> tuple[Array, Array]:
     """Return the output and its error: (..., rows, Ev)."""
-    xp = call.be.xp
+    xp, v = call.be.xp, slice_of(call.value, columns)
     out = rows.kept @ v
     # With weights w = p own: w (kept v / p - out) is what an error of each weight does to the output, which it divides.
     if call.dropout_mask is None:
@@ -191,6 +208,8 @@ def _output(model: Model, call: AttentionCall, rows: _Rows, v: Array) -> tuple[A
     if rows.sink is not None:
         p_sink, of_sink = rows.sink
         error = error + model.size(p_sink) * of_sink * model.size(out)
+    if inputs.value is not None:
+        error = error + model.size(rows.kept) @ slice_of(inputs.value, columns)
     sizes = model.size(rows.kept) @ model.size(v)
     error = error + rows.common * model.grown(model.size(out), error)
     error = error + model.half * model.grown(sizes, error)
@@ -199,7 +218,7 @@ def _output(model: Model, call: AttentionCall, rows: _Rows, v: Array) -> tuple[A
     return out, error + model.of_sum(out, model.grown(sizes, error), rows.count + 1.0)
 
 
-def _by_rows(model: Model, call: AttentionCall, columns: int) -> tuple[Array, Array]:
+def errors_by_row(model: Model, call: AttentionCall, columns: int, inputs: InputErrors = EXACT) -> tuple[Array, Array]:
     """Return the errors of the output, or of the weights of a call without value, and of the logsumexp."""
     be = call.be
     result = be.full((*call.space, columns), 0, be.xp.float64)
@@ -209,15 +228,14 @@ def _by_rows(model: Model, call: AttentionCall, columns: int) -> tuple[Array, Ar
         keys = call.visible_keys(tile)
         if keys is None:
             return
-        rows = _rows(model, call, tile, keys)
+        rows = _rows(model, call, tile, keys, inputs)
         if call.value is None:
             size = model.size(rows.p)
             own = rows.own * model.size(1.0 - rows.p)  # a weight is in the sum that divides it
             others = _mean_of_others(model, rows)
             result[(*tile, keys)] = size * (own + others + rows.common)
         else:
-            v = slice_of(call.value, (*tile[:-1], keys))
-            result[(*tile, ...)] = _output(model, call, rows, v)[1]
+            result[(*tile, ...)] = _output(model, call, rows, (*tile[:-1], keys), inputs)[1]
         logsumexp[tile] = rows.of_logsumexp[..., 0]
 
     be.run(work, call.tiles(12))
@@ -231,14 +249,19 @@ def _mean_of_others(model: Model, rows: _Rows) -> Array:
     return mean if rows.sink is None else mean + model.size(rows.sink[0]) * rows.sink[1]
 
 
-def _gradients(
-    model: Model, function: str, result: AttentionGrads, arrays: dict[str, Array], options: dict[str, Any]
+def errors_of_gradients(
+    model: Model,
+    function: str,
+    result: AttentionGrads,
+    arrays: dict[str, Array],
+    options: dict[str, Any],
+    inputs: InputErrors = EXACT,
 ) -> list[Array | None]:
     """Return the errors of the gradients of query, key, value, bias and sink, None for those that are not there."""
     be, xp = model.be, model.be.xp
     options = {name: option for name, option in options.items() if name != "return_logsumexp"}
     dlse = options.pop("dlogsumexp", None)
-    call = _call(model, function, arrays, options)
+    call = call_of(model, function, arrays, options)
     dout = by_heads(be, model.clean(arrays["dout"]), call.space)
     dlse = None if dlse is None else xp.reshape(model.clean(dlse), (*call.space, 1))
     arguments = (call.query, call.key, call.value, call.bias, call.sink)
@@ -250,7 +273,7 @@ def _gradients(
         if keys is None:
             return []
         columns, own = (*tile[:-1], keys), (*tile, call.own_keys(keys))
-        found = _gradients_of_tile(model, call, dout, dlse, tile, keys)
+        found = _gradients_of_tile(model, call, dout, dlse, tile, keys, inputs)
         places = (tile, columns, columns, own, tile)
         return [None if part is None else (at, part) for at, part in zip(places, found, strict=True)]
 
@@ -273,12 +296,19 @@ def _gradients(
 
 
 def _gradients_of_tile(
-    model: Model, call: AttentionCall, dout: Array, dlse: Array | None, tile: Tile, keys: slice
+    model: Model,
+    call: AttentionCall,
+    dout: Array,
+    dlse: Array | None,
+    tile: Tile,
+    keys: slice,
+    inputs: InputErrors,
 ) -> list[tuple[Array, Array, Array] | None]:
     """Return for each gradient: the errors of the terms that the rows add, their sizes, and their number."""
     xp, transpose, size = call.be.xp, call.be.xp.matrix_transpose, model.size
-    q, k = slice_of(call.query, tile), slice_of(call.key, (*tile[:-1], keys))
-    rows = _rows(model, call, tile, keys)
+    columns = (*tile[:-1], keys)
+    q, k = slice_of(call.query, tile), slice_of(call.key, columns)
+    rows = _rows(model, call, tile, keys, inputs)
     p, sp = rows.p, size(rows.p)
     common = rows.common + rows.stored
     zero = 0.0 * p
@@ -286,20 +316,24 @@ def _gradients_of_tile(
         dp, of_dp = slice_of(dout, (*tile, keys)) + zero, zero
         of_mean = 0.0 * common
     else:
-        v, do = slice_of(call.value, (*tile[:-1], keys)), slice_of(dout, tile)
-        out, of_out = _output(model, call, rows, v)
+        v, do = slice_of(call.value, columns), slice_of(dout, tile)
+        of_do = 0.0 * do if inputs.dout is None else slice_of(inputs.dout, tile)
+        of_v = 0.0 * v if inputs.value is None else slice_of(inputs.value, columns)
+        out, of_out = _output(model, call, rows, columns, inputs)
         of_out = of_out + size(model.arithmetic.u_out * out)
         features = float(v.shape[-1])
         plain = do @ transpose(v)
         of_plain = model.of_sum(plain, size(do) @ transpose(size(v)), features + 0.0 * plain)
+        if inputs.dout is not None:
+            of_plain = of_plain + of_do @ transpose(model.grown(size(v), of_v)) + size(do) @ transpose(of_v)
         dp = dropped(call, tile, keys, plain)
         of_dp = dropped(call, tile, keys, dropped(call, tile, keys, of_plain) if model.name == "expected" else of_plain)
         of_dp = of_dp + model.relative(1.0, dp)
         products = xp.sum(size(do) * model.grown(size(out), of_out), axis=-1, keepdims=True)
         mean = xp.sum(do * out, axis=-1, keepdims=True)
-        of_mean = xp.sum(size(do) * of_out, axis=-1, keepdims=True) + model.of_sum(
-            mean, products, features + 0.0 * mean
-        )
+        of_mean = xp.sum(
+            size(do) * of_out + of_do * model.grown(size(out), of_out), axis=-1, keepdims=True
+        ) + model.of_sum(mean, products, features + 0.0 * mean)
     dp, of_dp = xp.where(p > 0, dp, 0.0), xp.where(p > 0, of_dp, 0.0)
     mean = xp.sum(p * dp, axis=-1, keepdims=True)
     # The mean of dp, weighted: shifting all dp by their mean changes none of the errors but those of its sum.
@@ -344,12 +378,15 @@ def _gradients_of_tile(
         if model.name == "expected"
         else factor * ((each + rounded) @ size(k))
     )
+    if inputs.key is not None and inputs.query is not None:
+        of_dq = of_dq + factor * (model.grown(size(ds), each) @ slice_of(inputs.key, columns))
     of_dq = of_dq + common * size(dq) + model.relative(2.0, one[..., :1]) * factor * (size(ds) @ size(k))
     dquery = (of_dq, factor * (size(ds) @ size(k)), rows.count + 0.0 * q)
     of_terms = transpose(each + rounded + model.relative(2.0, one) * size(ds))
+    of_q = 0.0 * q if inputs.query is None else slice_of(inputs.query, tile)
     growth = model.of_equal_rows(*([q] if call.value is None else [q, do]))
     dkey = (
-        growth * factor * (of_terms @ size(q)),
+        growth * factor * (of_terms @ size(q) + transpose(model.grown(size(ds), each)) @ of_q),
         factor * (transpose(size(ds)) @ size(q)),
         transpose(seen) @ (1.0 + 0.0 * q),
     )
@@ -357,11 +394,8 @@ def _gradients_of_tile(
     if call.value is not None:
         kept = size(rows.kept)
         terms = kept * (rows.own + common + model.half * (1.0 + rows.own + common)) + model.half_floor * seen
-        dvalue = (
-            growth * (transpose(terms) @ size(do)),
-            transpose(kept) @ size(do),
-            transpose(seen) @ (1.0 + 0.0 * do),
-        )
+        of_dv = transpose(terms) @ size(do) + transpose(model.grown(kept, terms)) @ of_do
+        dvalue = (growth * of_dv, transpose(kept) @ size(do), transpose(seen) @ (1.0 + 0.0 * do))
     dsink = None
     if rows.sink is not None:
         p_sink, of_sink = rows.sink
