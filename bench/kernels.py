@@ -200,7 +200,7 @@ def online(block: int) -> Callable[..., Array]:
 
 
 def alarms(examples: int) -> dict[str, tuple[int, int, float]]:
-    """Return for each right kernel: results, how many `compare` calls wrong, the largest error in units of the bound."""
+    """Return for each right kernel: results, how many `compare` calls wrong, the largest error over its bound."""
     conv = strategies.conv(dtypes=("float32",), batches=((1,), (2,)))
     attention = strategies.scaled_dot_product_attention(
         dtypes=("float32",), lengths=(1, 2, 5, 17, 40), features=(1, 8, 32), options=("scale",), batches=((), (2,))
