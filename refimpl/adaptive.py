@@ -1,4 +1,4 @@
-"""Adaptive pooling: as many windows as the output has elements, sharing out the input.
+"""Adaptive pooling: the output size sets the windows.
 
 `...` any leading dimensions; `*S` the spatial sizes; `*O` the output sizes.
 """
@@ -16,7 +16,7 @@ Outputs = int | Sequence[int | None]
 
 @backend.op
 def adaptive_avg_pool(x: Array, output_size: Outputs) -> Array:
-    """Take the mean over each of `output_size` windows that share out the elements.
+    """Average over `output_size` windows of nearly equal size, which cover the input (adaptive average pooling).
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def adaptive_avg_pool_backward(dout: Array, x: Array, output_size: Outputs) -> A
 
 @backend.op
 def adaptive_max_pool(x: Array, output_size: Outputs, *, return_indices: bool = False) -> Array | tuple[Array, Array]:
-    """Take the maximum over each of `output_size` windows that share out the elements.
+    """Take the maximum over `output_size` windows of nearly equal size, which cover the input (adaptive max pooling).
 
     Parameters
     ----------

@@ -148,14 +148,14 @@ def _window(function: str, window: object) -> None:
 
 
 class Heads(NamedTuple):
-    """What the arguments of multi-head attention come to."""
+    """The sizes of a call of multi-head attention."""
 
     query: int
     """Heads of the queries."""
     key: int
     """Heads of keys and values."""
     num_appended_keys: int
-    """Keys that the call adds to those that it is given."""
+    """Number of appended keys."""
     scores: tuple[int, ...]
     """`(..., heads, Lq, Lk)`, without the appended keys."""
 
@@ -227,7 +227,7 @@ def _features(
 
 
 def _parameters(function: str, params: object, packed: bool) -> dict[str, Array]:
-    """Check which keys there are; returns them as the names that messages use."""
+    """Check the names of the parameters; returns them as messages show them."""
     if not isinstance(params, Mapping):
         fail(TypeError, function, "params", "be None or a mapping of names to arrays", shown(params))
     known = _PACKED + _SEPARATE + _APPENDED + _REST

@@ -1,4 +1,4 @@
-"""Checks of what has windows: convolution and pooling."""
+"""Checks of convolution and pooling."""
 
 import math
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def conv(
 
 
 def _padding_mode(function: str, mode: object, x: Array, windows: tuple[Window, ...]) -> None:
-    """Check a name, that the elements suffice to fill the padding as it says, and that both can be addressed."""
+    """Check the name of the mode, that `x` is large enough to fill the padding, and that indices fit int64."""
     if not isinstance(mode, str):
         fail(TypeError, function, "padding_mode", "be a string", shown(mode))
     if mode not in PADDING_MODES:
@@ -167,7 +167,7 @@ def conv_transpose(
 def _conv_arrays(
     function: str, arrays: Mapping[str, Array], bias: Array | None, groups: object
 ) -> tuple[Array, Array, int]:
-    """Check what both convolutions ask of their arrays and of `groups`; returns `x`, `weight` and `groups`."""
+    """Check the arrays and `groups` of `conv` or `conv_transpose`; returns `x`, `weight` and `groups`."""
     required(function, arrays)
     floating(function, **arrays, bias=bias)
     x, weight = arrays["x"], arrays["weight"]
@@ -328,7 +328,7 @@ def _pooled_array(function: str, arrays: Mapping[str, Array], integers: bool) ->
 
 
 def _spatial(function: str, x: Array, argument: str, value: object) -> int:
-    """Return how many of the last dimensions of `x` an option with an entry for each says are spatial."""
+    """Return the number of spatial dimensions of `x`: the length of an option that has an entry for each."""
     if isinstance(value, tuple | list):
         if not 1 <= len(value) <= x.ndim:
             rule = f"have 1 to {x.ndim} entries, no more than x has dimensions"
