@@ -1,4 +1,4 @@
-"""Compare the speed of refimpl on its backends, textbook NumPy and the frameworks that are present: `python -m bench`.
+"""Compare the speed of refimpl on its backends, its textbook and the frameworks that are present: `python -m bench`.
 
 Each contestant runs in a process of its own, all with the same number of threads, in alternating rounds. What counts is
 the median over the rounds of the median within one; the spread is the range over the rounds, relative to that median.

@@ -10,6 +10,7 @@ import oracles
 import pytest
 from edges import EDGES, PARTS, kernel_of, params, sizes_of
 from hypothesis import Phase, find, given, seed, settings
+from hypothesis import strategies as st
 
 import refimpl
 from refimpl.testing import strategies
@@ -427,3 +428,25 @@ def test_hypothesis_is_imported_by_this_module_alone():
     code += "from refimpl.testing import strategies; print('hypothesis' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
     assert printed.split() == ["False", "True"]
+
+
+@given(data=st.data())
+def test_lists_of_what_may_be_drawn(data):
+    case = data.draw(
+        strategies.conv(ranks=(2,), sizes=(9,), strides=(5,), channels=(1,), dilations=(4,), kernels=(1, 2))
+    )
+    assert np.atleast_1d(case.options.get("stride", 5)).tolist() in ([5], [5, 5])
+    assert np.atleast_1d(case.options.get("dilation", 4)).tolist() in ([4], [4, 4])
+    query, key, _ = data.draw(strategies.scaled_dot_product_attention(lengths=(2,), keys=(7, 8))).arrays
+    assert query.shape[-2] == 2
+    assert key.shape[-2] in (7, 8)
+
+
+@given(data=st.data())
+def test_a_case_has_a_gradient_of_its_result(data):
+    case = data.draw(strategies.max_pool(dtypes=("float32",)))
+    out = case.f(*case.arrays, **case.options)
+    assert case.dout().shape == out.shape
+    assert case.dout().dtype == np.float32
+    assert not out.size or (case.dout() != case.dout(1)).any()
+    assert case.f_backward(case.dout(), *case.arrays, **case.options).shape == case.arrays[0].shape

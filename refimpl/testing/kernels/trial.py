@@ -56,15 +56,9 @@ class Trial:
         outcome = self._ways("forward", self.kernel, case.f, case.arrays, case.options, seed)
         if outcome.failed or outcome.kind == "refused" or self.backward is None:
             return outcome
-        dout = self._dout(case, seed)
-        arrays = (dout, *case.arrays)
+        arrays = (case.dout(seed), *case.arrays)
         back = self._ways("backward", self.backward, case.f_backward, arrays, case.options, seed)
         return back if back.failed else Outcome(outcome.kind, spread=max(outcome.spread, back.spread))
-
-    def _dout(self, case: Case, seed: int) -> np.ndarray[Any, Any]:
-        out = case.f(*case.arrays, **case.options)
-        out = out[0] if isinstance(out, tuple) else out
-        return np.asarray(np.random.default_rng([seed, 1]).normal(size=out.shape)).astype(out.dtype)
 
     def _ways(
         self, way: str, kernel: Kernel, f: Kernel, arrays: tuple[Any, ...], options: dict[str, Any], seed: int

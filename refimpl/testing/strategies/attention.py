@@ -27,6 +27,7 @@ _DROPOUT = ("dropout_mask", "dropout_p")
 def scaled_dot_product_attention(
     *,
     lengths: Ints = _LENGTHS,
+    keys: Ints | None = None,
     features: Ints = (1, 2, 3),
     value_features: Ints = (1, 2, 3, 4, 0),
     heads: Iterable[tuple[int, int]] = _HEADS,
@@ -42,7 +43,9 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     lengths : ints
-        How many queries, and how many keys.
+        How many queries; and how many keys, unless `keys` are given.
+    keys : ints, optional
+        How many keys.
     features, value_features : ints
         E and Ev.
     heads : pairs of ints
@@ -71,7 +74,7 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     checked = limits_of(op, (*_HIDING, *_SCORES, *_DROPOUT), dtypes, options, values, layouts, factors=3)
-    sizes = (ints(op, "lengths", lengths, 0), ints(op, "features", features))
+    sizes = (*_lengths(op, lengths, keys), ints(op, "features", features))
     ev = ints(op, "value_features", value_features, 0)
     return _attention(checked, *sizes, ev, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
 
@@ -79,6 +82,7 @@ def scaled_dot_product_attention(
 def attention_weights(
     *,
     lengths: Ints = _LENGTHS,
+    keys: Ints | None = None,
     features: Ints = (1, 2, 3),
     heads: Iterable[tuple[int, int]] = _HEADS,
     batches: Iterable[Shape | None] = (*_BATCHES, None),
@@ -92,7 +96,7 @@ def attention_weights(
 
     Parameters
     ----------
-    lengths, features, heads, batches, broadcast, dtypes, values, layouts
+    lengths, keys, features, heads, batches, broadcast, dtypes, values, layouts
         As for `scaled_dot_product_attention`.
     options : names, optional
         Those of `scaled_dot_product_attention`, without dropout.
@@ -109,7 +113,7 @@ def attention_weights(
     """
     op = "attention_weights"
     checked = limits_of(op, (*_HIDING, *_SCORES), dtypes, options, values, layouts, factors=3)
-    sizes = (ints(op, "lengths", lengths, 0), ints(op, "features", features))
+    sizes = (*_lengths(op, lengths, keys), ints(op, "features", features))
     return _attention(checked, *sizes, None, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
 
 
@@ -118,6 +122,7 @@ def _attention(
     draw: st.DrawFn,
     limits: Limits,
     lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
     features: tuple[int, ...],
     value_features: tuple[int, ...] | None,
     heads: tuple[tuple[int, int], ...],
@@ -126,7 +131,7 @@ def _attention(
 ) -> Case:
     """Draw attention, or without value features its weights."""
     source = Source(draw, limits)
-    rows, keys, batch = source.size(lengths), source.size(lengths), source.size(batches)
+    rows, keys, batch = source.size(lengths), source.size(key_lengths), source.size(batches)
     e = source.pick(features)
     widths = [e, e] if value_features is None else [e, e, source.size(value_features)]
     count = len(widths)
@@ -145,6 +150,7 @@ def _attention(
 def multi_head_attention(
     *,
     lengths: Ints = _LENGTHS,
+    keys: Ints | None = None,
     features: Ints = (1, 2, 3),
     heads: Iterable[tuple[int, int]] = _HEADS,
     batches: Iterable[Shape] = _BATCHES,
@@ -159,7 +165,7 @@ def multi_head_attention(
 
     Parameters
     ----------
-    lengths, broadcast, dtypes, values, layouts
+    lengths, keys, broadcast, dtypes, values, layouts
         As for `scaled_dot_product_attention`.
     features : ints
         Features of a head; with separate projections, also those of query, key, value and output.
@@ -189,7 +195,7 @@ def multi_head_attention(
     known = (*_HIDING, *_SCORES, *_DROPOUT, "num_kv_heads", "add_zero_attn", *parts)
     return _multi_head(
         limits_of(op, known, dtypes, options, values, layouts, factors=6),
-        ints(op, "lengths", lengths, 0),
+        *_lengths(op, lengths, keys),
         ints(op, "features", features),
         _head_pairs(op, heads),
         shapes(op, "batches", batches),
@@ -203,6 +209,7 @@ def _multi_head(
     draw: st.DrawFn,
     limits: Limits,
     lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
     features: tuple[int, ...],
     heads: tuple[tuple[int, int], ...],
     batches: tuple[Shape, ...],
@@ -210,7 +217,7 @@ def _multi_head(
     projections: tuple[str, ...],
 ) -> Case:
     source = Source(draw, limits)
-    rows, keys, batch = source.size(lengths), source.size(lengths), source.size(batches)
+    rows, keys, batch = source.size(lengths), source.size(key_lengths), source.size(batches)
     form = source.pick(projections)
     hq, hkv = source.pick(heads)
     if form == "packed" or "num_kv_heads" not in limits.options:
@@ -348,6 +355,12 @@ def _options(
     if "dropout_p" in names and "dropout_mask" not in names:
         names.append("dropout_mask")
     return {name: draws[name]() for name in draws if name in names}
+
+
+def _lengths(op: str, lengths: Ints, keys: Ints | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check how many queries and keys there may be."""
+    queries = ints(op, "lengths", lengths, 0)
+    return queries, queries if keys is None else ints(op, "keys", keys, 0)
 
 
 def _head_pairs(op: str, heads: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,7 @@ Ints = Iterable[int]
 Shapes = Iterable[tuple[int, ...]]
 Pads = Sequence[tuple[int, int]]
 
+STRIDES, DILATIONS = (1, 2, 3, 4), (1, 2, 3)
 WORDS = ("valid", "same", "same_lower")
 _MODES: dict[str, Callable[[int], float]] = {  # the largest pad beside n elements, for other than zeros
     "replicate": lambda _: math.inf,
@@ -41,6 +42,8 @@ class Space:
     ranks: tuple[int, ...]
     sizes: tuple[int, ...] | None
     kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
     batches: tuple[tuple[int, ...], ...]
 
     def along(self, rank: int) -> Sequence[int]:
@@ -49,13 +52,23 @@ class Space:
 
 
 def space_of(
-    op: str, ranks: Ints, sizes: Ints | None, kernels: Ints, batches: Shapes, *, inside: bool = False
+    op: str,
+    ranks: Ints,
+    sizes: Ints | None,
+    kernels: Ints,
+    batches: Shapes,
+    *,
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
+    inside: bool = False,
 ) -> Space:
     """Check the parameters; `inside` says that a kernel must fit into the size, unless there is padding."""
     result = Space(
         ints(op, "ranks", ranks),
         None if sizes is None else ints(op, "sizes", sizes),
         ints(op, "kernels", kernels),
+        ints(op, "strides", strides),
+        ints(op, "dilations", dilations),
         shapes(op, "batches", batches, 1 if op.startswith("conv") else None),
     )
     largest = min(max(result.along(rank)) for rank in result.ranks)
@@ -91,13 +104,12 @@ def slide(source: Source, space: Space, pooling: bool) -> tuple[tuple[int, ...],
     sizes = tuple(source.pick(list(dict.fromkeys(n for n, _ in pairs))) for _ in range(rank))
     kernel = tuple(source.pick([k for m, k in pairs if m == n]) for n in sizes)
     if pooling:
-        strides = option(source, options, "stride", [range(1, 5)] * rank, kernel, none=True)
+        strides = option(source, options, "stride", [space.strides] * rank, kernel, none=True)
     else:
-        strides = option(source, options, "stride", [range(1, 5)] * rank, (1,) * rank)
+        strides = option(source, options, "stride", [space.strides] * rank, (1,) * rank)
     steps = list(zip(sizes, kernel, strides, strict=True))
-    dilations = option(
-        source, options, "dilation", [[d for d in (1, 2, 3) if fitting(*step, d)] for step in steps], (1,) * rank
-    )
+    apart = [[d for d in space.dilations if fitting(*step, d)] or [1] for step in steps]
+    dilations = option(source, options, "dilation", apart, (1,) * rank)
     windows = [Window(*step, d) for step, d in zip(steps, dilations, strict=True)]
     choices = [fitting(*window) for window in windows]
     if not pooling and source.has("padding_mode"):

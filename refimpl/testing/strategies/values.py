@@ -39,6 +39,12 @@ class Case(NamedTuple):
     f_backward: Callable[..., Any]
     """Its gradient, a function of `(dout, *arrays, **options)`."""
 
+    def dout(self, seed: int = 0) -> Array:
+        """Return normal random numbers of the shape and dtype of the (first) result, for `f_backward`."""
+        out = self.f(*self.arrays, **self.options)
+        out = out[0] if isinstance(out, tuple) else out
+        return np.asarray(np.random.default_rng(seed).normal(size=out.shape)).astype(out.dtype)
+
     def cast(self, dtype: Any) -> "Case":
         """Return the case with all floating arrays of this dtype (logsumexps of half types are float32), as copies."""
         arrays = _cast(self.arrays, dtype)

@@ -7,6 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from .geometry import (
+    DILATIONS,
+    STRIDES,
     WORDS,
     Ints,
     Pads,
@@ -35,6 +37,8 @@ def conv(
     ranks: Ints = (1, 2, 3),
     sizes: Ints | None = None,
     kernels: Ints = (1, 2, 3),
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
     channels: Ints = (1, 2),
     batches: Shapes = _BATCHES,
     dtypes: Iterable[str] = ("float64",),
@@ -52,6 +56,8 @@ def conv(
         Spatial sizes; None is 1 to 7, with more than two spatial dimensions 1 to 4.
     kernels : ints
         Sizes of the kernel along a dimension.
+    strides, dilations : ints
+        Along a dimension, where these options are given; a kernel that does not fit with any dilation has 1.
     channels : ints
         Numbers of channels that go in, and that come out, in each group.
     batches : tuples of ints
@@ -83,7 +89,7 @@ def conv(
     Returns
     -------
     SearchStrategy of Case
-        Strides go up to 4, dilations and groups up to 3, paddings up to 3 (or the kernel less one), in all their forms.
+        Groups go up to 3, paddings up to 3 (or the kernel less one), in all their forms.
 
     Raises
     ------
@@ -93,7 +99,7 @@ def conv(
     known = ("stride", "padding", "dilation", "groups", "padding_mode", "bias")
     return _conv(
         limits_of("conv", known, dtypes, options, values, layouts),
-        space_of("conv", ranks, sizes, kernels, batches, inside=True),
+        space_of("conv", ranks, sizes, kernels, batches, strides=strides, dilations=dilations, inside=True),
         ints("conv", "channels", channels),
     )
 
@@ -114,6 +120,8 @@ def conv_transpose(
     ranks: Ints = (1, 2, 3),
     sizes: Ints | None = None,
     kernels: Ints = (1, 2, 3),
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
     channels: Ints = (1, 2),
     batches: Shapes = _BATCHES,
     dtypes: Iterable[str] = ("float64",),
@@ -125,7 +133,7 @@ def conv_transpose(
 
     Parameters
     ----------
-    ranks, sizes, kernels, channels, batches, dtypes, values, layouts
+    ranks, sizes, kernels, strides, dilations, channels, batches, dtypes, values, layouts
         As for `conv`.
     options : names, optional
         Of `stride`, `padding`, `output_padding`, `output_size`, `dilation`, `groups` and `bias`.
@@ -143,7 +151,7 @@ def conv_transpose(
     known = ("stride", "padding", "output_padding", "output_size", "dilation", "groups", "bias")
     return _conv_transpose(
         limits_of("conv_transpose", known, dtypes, options, values, layouts),
-        space_of("conv_transpose", ranks, sizes, kernels, batches),
+        space_of("conv_transpose", ranks, sizes, kernels, batches, strides=strides, dilations=dilations),
         ints("conv_transpose", "channels", channels),
     )
 
@@ -154,8 +162,8 @@ def _conv_transpose(draw: st.DrawFn, limits: Limits, space: Space, channels: tup
     sizes, kernel = blocks(source, space)
     once = (1,) * len(sizes)
     options: dict[str, Any] = {}
-    strides = option(source, options, "stride", [range(1, 5)] * len(sizes), once)
-    dilations = option(source, options, "dilation", [range(1, 4)] * len(sizes), once)
+    strides = option(source, options, "stride", [space.strides] * len(sizes), once)
+    dilations = option(source, options, "dilation", [space.dilations] * len(sizes), once)
     rooms = [range(max(s, d)) for s, d in zip(strides, dilations, strict=True)]
     extra = (0,) * len(sizes)
     further = source.pick(["", "", *sorted(limits.options & {"output_padding", "output_size"})])
@@ -184,6 +192,8 @@ def max_pool(
     ranks: Ints = (1, 2, 3),
     sizes: Ints | None = None,
     kernels: Ints = (1, 2, 3),
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
     batches: Shapes = _PLANES,
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
@@ -194,7 +204,7 @@ def max_pool(
 
     Parameters
     ----------
-    ranks, sizes, kernels, layouts
+    ranks, sizes, kernels, strides, dilations, layouts
         As for `conv`.
     batches : tuples of ints
         Shapes of what comes before the spatial dimensions; where it has two entries, `kernel_size` may be an int.
@@ -216,7 +226,8 @@ def max_pool(
         If a parameter is empty or names what there is not, or if no kernel fits into a size.
     """
     checked = limits_of("max_pool", _SLIDE, dtypes, options, values, layouts, integers=True)
-    return _pool(checked, space_of("max_pool", ranks, sizes, kernels, batches, inside=True))
+    space = space_of("max_pool", ranks, sizes, kernels, batches, strides=strides, dilations=dilations, inside=True)
+    return _pool(checked, space)
 
 
 def avg_pool(
@@ -224,6 +235,8 @@ def avg_pool(
     ranks: Ints = (1, 2, 3),
     sizes: Ints | None = None,
     kernels: Ints = (1, 2, 3),
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
     batches: Shapes = _PLANES,
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
@@ -234,7 +247,7 @@ def avg_pool(
 
     Parameters
     ----------
-    ranks, sizes, kernels, dtypes, layouts
+    ranks, sizes, kernels, strides, dilations, dtypes, layouts
         As for `conv`.
     batches
         As for `max_pool`.
@@ -255,7 +268,8 @@ def avg_pool(
     """
     known = (*_SLIDE, "count_include_pad", "divisor_override")
     checked = limits_of("avg_pool", known, dtypes, options, values, layouts)
-    return _pool(checked, space_of("avg_pool", ranks, sizes, kernels, batches, inside=True))
+    space = space_of("avg_pool", ranks, sizes, kernels, batches, strides=strides, dilations=dilations, inside=True)
+    return _pool(checked, space)
 
 
 def lp_pool(
@@ -264,6 +278,8 @@ def lp_pool(
     ranks: Ints = (1, 2, 3),
     sizes: Ints | None = None,
     kernels: Ints = (1, 2, 3),
+    strides: Ints = STRIDES,
+    dilations: Ints = DILATIONS,
     batches: Shapes = _PLANES,
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
@@ -276,7 +292,7 @@ def lp_pool(
     ----------
     norm_types : numbers
         The powers: finite and above 0.
-    ranks, sizes, kernels, dtypes, layouts
+    ranks, sizes, kernels, strides, dilations, dtypes, layouts
         As for `conv`.
     batches
         As for `max_pool`.
@@ -299,7 +315,7 @@ def lp_pool(
     checked = limits_of("lp_pool", _SLIDE, dtypes, options, values, layouts)
     return _pool(
         checked,
-        space_of("lp_pool", ranks, sizes, kernels, batches, inside=True),
+        space_of("lp_pool", ranks, sizes, kernels, batches, strides=strides, dilations=dilations, inside=True),
         some("lp_pool", "norm_types", norm_types),
     )
 
@@ -440,7 +456,7 @@ def _max_unpool(draw: st.DrawFn, limits: Limits, space: Space) -> Case:
     source = Source(draw, limits)
     sizes, kernel = blocks(source, space)
     options: dict[str, Any] = {}
-    strides = option(source, options, "stride", [range(1, 5)] * len(sizes), kernel, none=True)
+    strides = option(source, options, "stride", [space.strides] * len(sizes), kernel, none=True)
     full = [(n - 1) * s + k for n, s, k in zip(sizes, strides, kernel, strict=True)]
     pads: Pads = [(0, 0)] * len(sizes)
     if source.has("padding"):
