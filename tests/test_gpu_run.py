@@ -42,7 +42,10 @@ def test_a_dry_run_leaves_facts_and_a_summary(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_that_is_out_of_time_stops_no_other(tmp_path):
-    done = dry_run(tmp_path, "smoke", "graphs", LIMIT_SMOKE="1")
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/bash\n[[ $* == *bench.gpu.smoke* ]] && exec sleep 60\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    done = dry_run(tmp_path, "smoke", "graphs", LIMIT_SMOKE="1", PYTHON=str(slow))
     assert done.returncode == 1
     assert "smoke: OUT OF TIME" in done.stdout
     assert "graphs: passed" in done.stdout

@@ -129,10 +129,10 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice, inputs: In
     q, k = slice_of(call.query, tile), slice_of(call.key, (*tile[:-1], keys))
     s, slope, *_ = scores_of(call, tile, keys)
     seen = s != -math.inf
-    t = call.scale * (q @ xp.matrix_transpose(k))
+    plain = call.softcap is None and call.bias is None  # then the products are the scores
+    t = xp.where(seen, s, 0.0) if plain else call.scale * (q @ xp.matrix_transpose(k))
     sizes = model.size_of(call.scale) * (model.size(q) @ xp.matrix_transpose(model.size(k)))
-    one = 1.0 + 0.0 * t
-    error = model.of_sum(t, sizes, float(q.shape[-1]) * one) + model.relative(1.0, one) * sizes + model.relative(1.0, t)
+    error = model.of_sum(t, sizes, float(q.shape[-1])) + model.roundings(1.0) * sizes + model.relative(1.0, t)
     columns, factor = (*tile[:-1], keys), model.size_of(call.scale)
     if inputs.query is not None and inputs.key is not None:
         of_query, of_key = slice_of(inputs.query, tile), slice_of(inputs.key, columns)
@@ -143,11 +143,11 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice, inputs: In
         tanh = xp.tanh(t / call.softcap)
         of_slope = model.size(2.0 * tanh) * (
             model.size(slope / call.softcap) * error + model.relative(at.exp_ulps, tanh)
-        ) + model.relative(2.0, one)
+        ) + model.roundings(2.0)
         error = model.size(slope) * (error + model.relative(2.0, t)) + model.relative(
             at.exp_ulps + 1.0, call.softcap * tanh
         )
-    s = xp.where(seen, s, 0.0)
+    s = t if plain else xp.where(seen, s, 0.0)
     if call.bias is not None:
         error = error + model.relative(1.0, s)
     sink = None if call.sink is None else slice_of(call.sink, tile)
@@ -161,7 +161,7 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice, inputs: In
     total = total if e_sink is None else total + e_sink
     total = xp.where(total > 0, total, 1.0)
     p = e / total
-    own = model.of_exponent(error + model.relative(1.0, xp.abs(s) + xp.abs(m)) + model.relative(at.exp_ulps, one))
+    own = model.of_exponent(error + model.relative(1.0, xp.abs(s) + xp.abs(m)) + model.roundings(at.exp_ulps))
     one = 1.0 + 0.0 * m
     count = xp.sum(xp.astype(seen, p.dtype), axis=-1, keepdims=True)
     mean = xp.sum(model.size(p) * own, axis=-1, keepdims=True)
@@ -170,14 +170,14 @@ def _rows(model: Model, call: AttentionCall, tile: Tile, keys: slice, inputs: In
     if e_sink is not None:
         p_sink = e_sink / total
         known = xp.where(sink == -math.inf, 0.0, sink)
-        of_sink = model.of_exponent(model.relative(1.0, xp.abs(known) + xp.abs(m)) + model.relative(at.exp_ulps, one))
+        of_sink = model.of_exponent(model.relative(1.0, xp.abs(known) + xp.abs(m)) + model.roundings(at.exp_ulps))
         mean, sizes = mean + model.size(p_sink) * of_sink, sizes + model.size(p_sink)
     growth = model.of_quotient(mean)
-    common = model.of_sum(one, sizes, count + 1.0) + model.relative(2.0, one)
+    common = model.of_sum(one, sizes, count + 1.0) + model.roundings(2.0)
     logsumexp = m + xp.log(total)
     of_logsumexp = (
         mean * growth + common + model.relative(1.0, xp.abs(m) + xp.abs(logsumexp))
-        + model.relative(at.exp_ulps, one) + model.relative(at.exp_ulps, logsumexp)
+        + model.roundings(at.exp_ulps) + model.relative(at.exp_ulps, logsumexp)
     )  # fmt: skip
     return _Rows(
         p=p,
@@ -295,6 +295,26 @@ def errors_of_gradients(
     return errors
 
 
+class _OfScores(NamedTuple):
+    """The gradient ds of the scores of a tile, (..., rows, keys), and its errors."""
+
+    ds: Array
+    pulled: Array
+    """What an error of D does to ds: the weights times the slope of the softcap."""
+    own: Array
+    """Each pair's own error."""
+    mean: Array
+    """(..., rows, 1): D, the mean of dp."""
+    of_mean: Array
+    """(..., rows, 1): its error, which all pairs of a row share."""
+    common: Array
+    """(..., rows, 1): the relative error that all pairs of a row share."""
+    each: Array
+    """The error of each element, all three together."""
+    bias: tuple[Array, Array]
+    """The error of the gradient of the bias, and its size."""
+
+
 def _gradients_of_tile(
     model: Model,
     call: AttentionCall,
@@ -303,48 +323,55 @@ def _gradients_of_tile(
     tile: Tile,
     keys: slice,
     inputs: InputErrors,
-) -> list[tuple[Array, Array, Array] | None]:
+) -> list[tuple[Array, ...] | None]:
     """Return for each gradient: the errors of the terms that the rows add, their sizes, and their number."""
-    xp, transpose, size = call.be.xp, call.be.xp.matrix_transpose, model.size
-    columns = (*tile[:-1], keys)
-    q, k = slice_of(call.query, tile), slice_of(call.key, columns)
+    xp, size = call.be.xp, model.size
     rows = _rows(model, call, tile, keys, inputs)
-    p, sp = rows.p, size(rows.p)
-    common = rows.common + rows.stored
-    zero = 0.0 * p
+    of = _of_scores(model, call, dout, dlse, tile, keys, rows, inputs)
+    seen = xp.astype(xp.broadcast_to(rows.p > 0, of.ds.shape), rows.p.dtype)
+    terms = (xp.sum(seen, axis=-1, keepdims=True), xp.matrix_transpose(xp.sum(seen, axis=-2, keepdims=True)))
+    dbias = (
+        None if call.bias is None else tuple(a[..., : call.own_keys(keys).stop - keys.start] for a in (*of.bias, seen))
+    )
+    dsink = None
+    if rows.sink is not None:
+        p_sink, of_sink = rows.sink
+        product, of_mean = p_sink * of.mean, size(p_sink) * of.of_mean
+        dsink = (
+            of_mean + (of_sink + of.common) * model.grown(size(product), of_mean),
+            size(product),
+            1.0 + 0.0 * product,
+        )
+    dquery, dkey = _of_query_and_key(model, call, dout, tile, keys, of, seen, inputs)
+    dvalue = None if call.value is None else (*_of_value(model, call, dout, tile, rows, of.common, inputs), terms[1])
+    return [(*dquery, terms[0]), (*dkey, terms[1]), dvalue, dbias, dsink]
+
+
+def _of_scores(
+    model: Model,
+    call: AttentionCall,
+    dout: Array,
+    dlse: Array | None,
+    tile: Tile,
+    keys: slice,
+    rows: _Rows,
+    inputs: InputErrors,
+) -> _OfScores:
+    """Return `ds = p (dp - D)` and its errors, from those of p, of dp and of D."""
+    xp, size = call.be.xp, model.size
+    p, sp, common = rows.p, size(rows.p), rows.common + rows.stored
     if call.value is None:
-        dp, of_dp = slice_of(dout, (*tile, keys)) + zero, zero
-        of_mean = 0.0 * common
+        dp, of_dp, of_mean = slice_of(dout, (*tile, keys)), 0.0 * p, 0.0 * common
     else:
-        v, do = slice_of(call.value, columns), slice_of(dout, tile)
-        of_do = 0.0 * do if inputs.dout is None else slice_of(inputs.dout, tile)
-        of_v = 0.0 * v if inputs.value is None else slice_of(inputs.value, columns)
-        out, of_out = _output(model, call, rows, columns, inputs)
-        of_out = of_out + size(model.arithmetic.u_out * out)
-        features = float(v.shape[-1])
-        plain = do @ transpose(v)
-        of_plain = model.of_sum(plain, size(do) @ transpose(size(v)), features + 0.0 * plain)
-        if inputs.dout is not None:
-            of_plain = of_plain + of_do @ transpose(model.grown(size(v), of_v)) + size(do) @ transpose(of_v)
-        dp = dropped(call, tile, keys, plain)
-        of_dp = dropped(call, tile, keys, dropped(call, tile, keys, of_plain) if model.name == "expected" else of_plain)
-        of_dp = of_dp + model.relative(1.0, dp)
-        products = xp.sum(size(do) * model.grown(size(out), of_out), axis=-1, keepdims=True)
-        mean = xp.sum(do * out, axis=-1, keepdims=True)
-        of_mean = xp.sum(
-            size(do) * of_out + of_do * model.grown(size(out), of_out), axis=-1, keepdims=True
-        ) + model.of_sum(mean, products, features + 0.0 * mean)
+        dp, of_dp, of_mean = _of_weights(model, call, slice_of(dout, tile), tile, keys, rows, inputs)
     dp, of_dp = xp.where(p > 0, dp, 0.0), xp.where(p > 0, of_dp, 0.0)
-    mean = xp.sum(p * dp, axis=-1, keepdims=True)
+    products = p * dp
+    mean, sizes = xp.sum(products, axis=-1, keepdims=True), xp.sum(size(products), axis=-1, keepdims=True)
     # The mean of dp, weighted: shifting all dp by their mean changes none of the errors but those of its sum.
     in_turn = xp.sum(sp * (rows.own * model.grown(size(dp), of_dp) + of_dp), axis=-1, keepdims=True)
     in_turn = in_turn + common * model.grown(size(mean), in_turn)
-    in_turn = in_turn + model.of_sum(
-        xp.sum(p * xp.abs(dp), axis=-1, keepdims=True),
-        model.grown(xp.sum(sp * size(dp), axis=-1, keepdims=True), in_turn),
-        rows.count,
-    )
-    of_mean = model.either(of_mean, in_turn)
+    one_sign = xp.sum(xp.abs(products), axis=-1, keepdims=True)
+    of_mean = model.either(of_mean, in_turn + model.of_sum(one_sign, model.grown(sizes, in_turn), rows.count))
     if dlse is not None:
         less = dlse[(*tile, ...)]
         mean = mean - less
@@ -352,54 +379,91 @@ def _gradients_of_tile(
     centred = dp - mean
     apart = of_dp + model.relative(1.0, xp.abs(dp) + xp.abs(mean))
     ds = p * centred
-    grown = model.grown(size(centred), apart + of_mean)
-    own = sp * (rows.own * grown + apart)  # each pair's own error
-    shared = common + 0.0 * own  # relative, and `of_mean` beside it: alike for all pairs of a row
+    own = sp * (rows.own * model.grown(size(centred), apart + of_mean) + apart)
     if model.name == "worst":
         own = own * (1.0 + rows.own + common) + sp * (rows.own + common) * of_mean
-    each = own + sp * of_mean + shared * size(ds)
-    dbias = None if call.bias is None else (
-        each[..., : call.own_keys(keys).stop - keys.start],
-        size(ds)[..., : call.own_keys(keys).stop - keys.start],
-        xp.astype(p > 0, p.dtype)[..., : call.own_keys(keys).stop - keys.start],
-    )  # fmt: skip
-    pulled = p
+    of_bias = size(ds)
+    each = own + sp * of_mean + common * of_bias
+    bias, pulled = (each, of_bias), p
     if rows.slope is not None and rows.of_slope is not None:
-        own = size(rows.slope) * own + rows.of_slope * model.grown(size(ds), each)
-        each = size(rows.slope) * each + rows.of_slope * model.grown(size(ds), each)
+        of_slope = rows.of_slope * model.grown(of_bias, each)
+        own, each = size(rows.slope) * own + of_slope, size(rows.slope) * each + of_slope
         ds, pulled = ds * rows.slope, p * rows.slope
-    factor = model.size_of(call.scale)
-    seen = xp.astype(p > 0, p.dtype)
-    rounded = model.half * model.grown(size(ds), each) + model.half_floor * seen
-    one = 1.0 + 0.0 * p
-    dq = call.scale * (ds @ k)
-    of_dq = (
-        factor * ((own + rounded) @ size(k) + of_mean * size(pulled @ k) + 0.0 * q)
-        if model.name == "expected"
-        else factor * ((each + rounded) @ size(k))
-    )
+    return _OfScores(ds, pulled, own, mean, of_mean, common, each, bias)
+
+
+def _of_weights(
+    model: Model, call: AttentionCall, do: Array, tile: Tile, keys: slice, rows: _Rows, inputs: InputErrors
+) -> tuple[Array, Array, Array]:
+    """Return dp, the gradient of the weights, its error, and that of its mean taken as `sum dout out`."""
+    xp, transpose, size = call.be.xp, call.be.xp.matrix_transpose, model.size
+    columns = (*tile[:-1], keys)
+    v = slice_of(call.value, columns)
+    out, of_out = _output(model, call, rows, columns, inputs)
+    of_out = of_out + size(model.arithmetic.u_out * out)
+    features = float(v.shape[-1])
+    plain = do @ transpose(v)
+    of_plain = model.of_sum(plain, size(do) @ transpose(size(v)), features)
+    of_mean = size(do) * of_out
+    if inputs.dout is not None and inputs.value is not None:
+        of_do, of_v = slice_of(inputs.dout, tile), slice_of(inputs.value, columns)
+        of_plain = of_plain + of_do @ transpose(model.grown(size(v), of_v)) + size(do) @ transpose(of_v)
+        of_mean = of_mean + of_do * model.grown(size(out), of_out)
+    dp = dropped(call, tile, keys, plain)
+    of_dp = dropped(call, tile, keys, of_plain)
+    if model.name == "expected":
+        of_dp = dropped(call, tile, keys, of_dp)
+    products = xp.sum(size(do) * model.grown(size(out), of_out), axis=-1, keepdims=True)
+    of_mean = xp.sum(of_mean, axis=-1, keepdims=True)
+    of_mean = of_mean + model.of_sum(xp.sum(do * out, axis=-1, keepdims=True), products, features)
+    return dp, of_dp + model.relative(1.0, dp), of_mean
+
+
+def _of_query_and_key(
+    model: Model,
+    call: AttentionCall,
+    dout: Array,
+    tile: Tile,
+    keys: slice,
+    of: _OfScores,
+    seen: Array,
+    inputs: InputErrors,
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Return the errors of the terms of `scale ds k` and `scale ds^T q`, and their sizes."""
+    transpose, size = call.be.xp.matrix_transpose, model.size
+    q, k, factor = slice_of(call.query, tile), slice_of(call.key, (*tile[:-1], keys)), model.size_of(call.scale)
+    sizes, off = size(of.ds), model.grown(size(of.ds), of.each)
+    of_q, of_k = factor * (sizes @ size(k)), factor * (transpose(sizes) @ size(q))
+    rounded = model.half * off + model.half_floor * seen if model.half else 0.0
+    if model.name == "expected":
+        dquery = factor * ((of.own + rounded) @ size(k) + of.of_mean * size(of.pulled @ k))
+    else:
+        dquery = factor * ((of.each + rounded) @ size(k))
+    dquery = dquery + of.common * size(call.scale * (of.ds @ k)) + model.roundings(2.0) * of_q
+    dkey = factor * (transpose(of.each + rounded) @ size(q)) + model.roundings(2.0) * of_k
     if inputs.key is not None and inputs.query is not None:
-        of_dq = of_dq + factor * (model.grown(size(ds), each) @ slice_of(inputs.key, columns))
-    of_dq = of_dq + common * size(dq) + model.relative(2.0, one[..., :1]) * factor * (size(ds) @ size(k))
-    dquery = (of_dq, factor * (size(ds) @ size(k)), rows.count + 0.0 * q)
-    of_terms = transpose(each + rounded + model.relative(2.0, one) * size(ds))
-    of_q = 0.0 * q if inputs.query is None else slice_of(inputs.query, tile)
-    growth = model.of_equal_rows(*([q] if call.value is None else [q, do]))
-    dkey = (
-        growth * factor * (of_terms @ size(q) + transpose(model.grown(size(ds), each)) @ of_q),
-        factor * (transpose(size(ds)) @ size(q)),
-        transpose(seen) @ (1.0 + 0.0 * q),
-    )
-    dvalue = None
-    if call.value is not None:
-        kept = size(rows.kept)
-        terms = kept * (rows.own + common + model.half * (1.0 + rows.own + common)) + model.half_floor * seen
-        of_dv = transpose(terms) @ size(do) + transpose(model.grown(kept, terms)) @ of_do
-        dvalue = (growth * of_dv, transpose(kept) @ size(do), transpose(seen) @ (1.0 + 0.0 * do))
-    dsink = None
-    if rows.sink is not None:
-        p_sink, of_sink = rows.sink
-        product = p_sink * mean
-        terms = size(p_sink) * of_mean + (of_sink + common) * model.grown(size(product), size(p_sink) * of_mean)
-        dsink = (terms, size(product), 1.0 + 0.0 * product)
-    return [dquery, dkey, dvalue, dbias, dsink]
+        dquery = dquery + factor * (off @ slice_of(inputs.key, (*tile[:-1], keys)))
+        dkey = dkey + factor * (transpose(off) @ slice_of(inputs.query, tile))
+    return (dquery, of_q), (_growth(model, call, q, dout, tile) * dkey, of_k)
+
+
+def _of_value(
+    model: Model, call: AttentionCall, dout: Array, tile: Tile, rows: _Rows, common: Array, inputs: InputErrors
+) -> tuple[Array, Array]:
+    """Return the errors of the terms of `p^T dout`, and their sizes."""
+    transpose, size = call.be.xp.matrix_transpose, model.size
+    do, kept = slice_of(dout, tile), size(rows.kept)
+    relative = rows.own + common
+    terms = kept * (relative + model.half * (1.0 + relative) if model.half else relative)
+    if model.half_floor:
+        terms = terms + model.half_floor * call.be.xp.astype(rows.p > 0, terms.dtype)
+    error = transpose(terms) @ size(do)
+    if inputs.dout is not None:
+        error = error + transpose(model.grown(kept, terms)) @ slice_of(inputs.dout, tile)
+    growth = _growth(model, call, slice_of(call.query, tile), dout, tile)
+    return growth * error, transpose(kept) @ size(do)
+
+
+def _growth(model: Model, call: AttentionCall, q: Array, dout: Array, tile: Tile) -> Array | float:
+    """Return by what the errors of sums over the rows of the tile grow where its rows are equal."""
+    return model.of_equal_rows(*([q] if call.value is None else [q, slice_of(dout, tile)]))

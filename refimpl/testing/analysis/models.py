@@ -1,5 +1,6 @@
 """How rounding errors add up: as independent errors (`Expected`), or all against us (`Worst`)."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,8 @@ from ...backend import Array, Backend
 _UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # What may be lost below: GPUs flush numbers below the smallest normal one to 0, but not in float16.
 _SMALLEST = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+
+_TINY = 2.0**-1022  # beside a denominator that may be 0, where the numerator is
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,17 @@ class Model:
         """Return what a factor of an error contributes to its measure; measures of products are products of these."""
         raise NotImplementedError
 
-    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+    def of_sum(self, total: Array, sizes: Array, count: Array | float) -> Array:
         """Return the measure of the error of a sum: its value, the sum of the sizes of its terms, their number."""
         raise NotImplementedError
 
+    def roundings(self, ulps: float) -> float:
+        """Return the measure of a relative error of so many units of the roundoff."""
+        return self.size_of(ulps * self.arithmetic.u)
+
     def relative(self, ulps: float, array: Array) -> Array:
         """Return the measure of an error of so many units of the roundoff, relative to the array."""
-        return self.size(ulps * self.arithmetic.u * array)
+        return self.roundings(ulps) * self.size(array)
 
     def of_exponent(self, error: Array) -> Array:
         """Return the measure of the relative error of `exp(x)` from that of the error of x."""
@@ -132,13 +139,15 @@ class Expected(Model):
         """Return the square."""
         return array * array
 
-    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+    def of_sum(self, total: Array, sizes: Array, count: Array | float) -> Array:
         """Return the variance."""
-        xp = self.be.xp
         square = total * total
-        share = xp.clip(square / xp.where(count * sizes > 0, count * sizes, 1.0), 0.0, 1.0)
-        drift = count * count * square / 256 * share**16
-        return self.arithmetic.u**2 * (count * (square / 3 + sizes / 6) + sizes + drift)
+        share = square / (count * sizes + _TINY)
+        for _ in range(4):
+            share = share * share
+        drift = share * (square * (count * count / 256))
+        u2 = self.arithmetic.u**2
+        return square * (count * (u2 / 3)) + sizes * (count * (u2 / 6) + u2) + u2 * drift
 
     def of_exponent(self, error: Array) -> Array:
         """Return it as it is: to first order."""
@@ -197,11 +206,13 @@ class Worst(Model):
         """Return the absolute value."""
         return self.be.xp.abs(array)
 
-    def of_sum(self, total: Array, sizes: Array, count: Array) -> Array:
+    def of_sum(self, total: Array, sizes: Array, count: Array | float) -> Array:
         """Return the largest error."""
         del total
         steps = (count + 1.0) * self.arithmetic.u
-        return sizes * self.be.xp.where(steps < 1.0, steps / (1.0 - steps), float("inf"))
+        if isinstance(steps, float):
+            return sizes * (steps / (1.0 - steps) if steps < 1.0 else math.inf)
+        return sizes * self.be.xp.where(steps < 1.0, steps / (1.0 - steps), math.inf)
 
     def of_exponent(self, error: Array) -> Array:
         """Return exp(error) - 1."""
@@ -209,7 +220,7 @@ class Worst(Model):
 
     def of_quotient(self, mean: Array) -> Array:
         """Return 1 / (1 - mean), for which nothing is known from 1 on."""
-        return self.be.xp.where(mean < 1.0, 1.0 / (1.0 - mean), float("inf"))
+        return self.be.xp.where(mean < 1.0, 1.0 / (1.0 - mean), math.inf)
 
     def grown(self, size: Array, measure: Array) -> Array:
         """Return the sum of both."""
@@ -256,4 +267,4 @@ def can_be_squared(be: Backend, arrays: Iterable[Array]) -> bool:
 
 
 def _where_finite(xp: Any, result: Array, bound: Array) -> Array:
-    return xp.where(xp.isfinite(result), xp.where(xp.isnan(bound), float("inf"), bound), 0.0)
+    return xp.where(xp.isfinite(result), xp.where(xp.isnan(bound), math.inf, bound), 0.0)
