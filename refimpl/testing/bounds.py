@@ -19,6 +19,7 @@ _DRAWS, _HEAVY_DRAWS = 16, 32
 _STEP = 2.0**-30  # of relative changes; the error of float64 is far below their effect, their square far below them
 _NEAR = 2.0**-18  # of relative changes that float32 rounds in another way
 _SAFETY = 4.0
+_TILE_BYTES = 16 << 20  # of an analysis, which holds many arrays that are short-lived
 
 
 def error_bound(
@@ -166,7 +167,9 @@ def _analysed(
                 continue
             of = kind(of_result(name), be)
             if of.arithmetic not in found:
-                found[of.arithmetic] = dict(leaves(ANALYSES[f](of, expected, *given["arrays"], **given["options"])))
+                with backend.limits(tile_bytes=max(be.tile_room(), _TILE_BYTES)):
+                    errors = ANALYSES[f](of, expected, *given["arrays"], **given["options"])
+                found[of.arithmetic] = dict(leaves(errors))
             bounds.append(backend.to_numpy(of.bound(found[of.arithmetic][name], result)))
     remaining = iter(bounds)
     return backend.mapped(backend.to_numpy, expected), backend.mapped(lambda _: next(remaining), expected)
