@@ -250,3 +250,21 @@ def test_the_command_line_compares_with_everyone_by_default():
 
 def test_refimpl_is_what_is_installed_here():
     assert own.Refimpl(1).describe()["refimpl"] == refimpl.__version__
+
+
+@pytest.mark.slow
+def test_kernels_tell_right_results_from_faults(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from bench import kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["bench.kernels", "--examples", "0", "--right", "60", "--json", str(tmp_path / "k.json")]
+        )
+        kernels.main()
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert len(found["right"]) == 5 + 12
+    assert all(calls and not wrong and largest <= 1 for calls, wrong, largest in found["right"].values())
+    assert found["yardsticks"]["refimpl compare"] == [0, 0]
+    assert found["yardsticks"]["KernelBench (1e-2, 1e-2)"][1] > 10
+    assert "faults, taken" in capsys.readouterr().out
