@@ -320,11 +320,10 @@ def conv_transpose_backward(
 
 def _sum_of_channels(be: Backend, dout: Array) -> Array:
     """Return the sum over everything but the channel: (N, C, *O) -> (C,)."""
-    xp = be.xp
     dbias = be.full((dout.shape[1],), 0, dout.dtype)
 
     def work(n: slice) -> Array:
-        return xp.sum(dout[n, ...], axis=(0, *range(2, dout.ndim)))
+        return be.sums(dout[n, ...], (0, *range(2, dout.ndim)), False)
 
     def collect(_: Tile, part: Array) -> None:
         dbias[...] += part

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from . import _checks, backend
 from ._engine import pooling
-from ._engine.geometry import Windows, taps
+from ._engine.geometry import Windows
+from ._engine.pooling import taps_or_windows
 from .backend import Array, Backend, Tile
 
 __all__ = ["lp_pool", "lp_pool_backward"]
@@ -147,7 +148,7 @@ def lp_pool_backward(
         lead, outputs = pooling.split(tile, windows)
         units, total = _powers(be, wide, p, windows, tile)
         norms = total ** (1 / p)  # in the units
-        for _, reads, writes in taps(windows, outputs):
+        for reads, writes in taps_or_windows(windows, outputs):
             part, place = wide[(*lead, *reads)], (..., *writes)
             unit, norm = units[place], norms[place]
             if p < 1:  # a quotient that vanishes would be an inf here; that of the fourth roots does not
@@ -173,11 +174,22 @@ def _powers(be: Backend, x: Array, p: float, windows: Windows, tile: Tile) -> tu
     xp = be.xp
     lead, outputs = pooling.split(tile, windows)
     unit, total = (be.full(backend.sizes_of(tile), 0, x.dtype) for _ in range(2))
-    for _, reads, writes in taps(windows, outputs):
-        place = (..., *writes)
-        unit[place] = xp.maximum(unit[place], xp.abs(x[(*lead, *reads)]))
+    spatial = tuple(range(-len(windows), 0))
+    for reads, writes in taps_or_windows(windows, outputs):
+        place, part = (..., *writes), xp.abs(x[(*lead, *reads)])
+        if part.shape != unit[place].shape:  # all elements of one window
+            part = xp.max(part, axis=spatial, keepdims=True)
+        unit[place] = xp.maximum(unit[place], part)
     unit = xp.where((unit > 0) & xp.isfinite(unit), unit, 1.0)
-    for _, reads, writes in taps(windows, outputs):
+    block, held = be.full(backend.sizes_of(tile), 0, x.dtype), 0
+    for reads, writes in taps_or_windows(windows, outputs):
         place = (..., *writes)
-        total[place] += (xp.abs(x[(*lead, *reads)]) / unit[place]) ** p
-    return unit, total
+        part = (xp.abs(x[(*lead, *reads)]) / unit[place]) ** p
+        if part.shape != total[place].shape:
+            total[place] = be.sums(part, spatial, True)
+            continue
+        block[place] += part
+        held += 1
+        if held == pooling.BLOCK:
+            total, block, held = total + block, 0.0 * unit, 0
+    return unit, total + block

@@ -62,7 +62,6 @@ def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
     """
     _checks.merge("merge_attention", {"outs": outs}, logsumexps, None)
     be = backend.of(outs)
-    xp = be.xp
     wide, lses = be.widened(outs, logsumexps)
     out = be.full(tuple(outs.shape[1:]), 0, wide.dtype)
     logsumexp = be.full(tuple(outs.shape[1:-1]), -math.inf, wide.dtype)
@@ -70,7 +69,7 @@ def merge_attention(outs: Array, logsumexps: Array) -> tuple[Array, Array]:
     def work(*tile: slice) -> None:
         each = (slice(None), *tile)
         weights, present, logsumexp[tile] = _shares(be, lses[each])
-        out[(*tile, ...)] = xp.sum(weights * nan_safe.select(be, present, wide[(*each, ...)]), axis=0)
+        out[(*tile, ...)] = be.sums(weights * nan_safe.select(be, present, wide[(*each, ...)]), 0, False)
 
     _run(be, work, wide)
     return be.rounded(out, like=outs), logsumexp
@@ -122,7 +121,6 @@ def merge_attention_backward(
     """
     _checks.merge("merge_attention_backward", {"outs": outs, "dout": dout}, logsumexps, dlogsumexp)
     be = backend.of(outs)
-    xp = be.xp
     dout, wide, lses = be.widened(dout, outs, logsumexps)
     douts, dlses = be.full(tuple(outs.shape), 0, wide.dtype), be.full(tuple(lses.shape), 0, wide.dtype)
 
@@ -130,7 +128,7 @@ def merge_attention_backward(
         each = (slice(None), *tile)
         weights, present, _ = _shares(be, lses[each])
         parts, do = nan_safe.select(be, present, wide[(*each, ...)]), dout[(*tile, ...)]
-        slope = xp.sum(do * (parts - xp.sum(weights * parts, axis=0)), axis=-1, keepdims=True)
+        slope = be.sums(do * (parts - be.sums(weights * parts, 0, False)), -1, True)
         if dlogsumexp is not None:
             slope = slope + dlogsumexp[tile][..., None]
         douts[(*each, ...)] = nan_safe.select(be, present, weights * do)
@@ -146,7 +144,7 @@ def _shares(be: Backend, logsumexps: Array) -> tuple[Array, Array, Array]:
     present = logsumexps != -math.inf
     largest = xp.where(xp.any(present, axis=0), xp.max(logsumexps, axis=0), 0.0)
     shares = xp.exp(logsumexps - largest)
-    total = xp.sum(shares, axis=0)
+    total = be.sums(shares, 0, False)
     shares = nan_safe.select(be, present, shares / total)
     return shares[..., None], present[..., None], largest + xp.log(total)
 

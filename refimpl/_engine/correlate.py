@@ -229,7 +229,7 @@ def correlate_dweight(be: Backend, dout: Array, x: Array, weight: Array, windows
                 product = nan_safe.matmul(be, part, douts_t, a_real=_part(be, real, step, o, groups))
             else:
                 product = part @ douts_t
-            products.append(xp.sum(product, axis=0))
+            products.append(be.sums(product, 0, False))
         return products
 
     def collect(_: Tile, products: list[Array]) -> None:
@@ -306,7 +306,7 @@ def _correlate_dweight_planes(be: Backend, dout: Array, x: Array, weight: Array,
                 for _, run in backend.runs(kernel, steps, math.prod(shape))
             )
             products = xp.reshape(xp.concat(list(each), axis=-1), (*douts.shape[:2], *kernel))
-        return xp.sum(products, axis=0)
+        return be.sums(products, 0, False)
 
     def collect(tile: Tile, part: Array) -> None:
         dweight[tile[1], ...] += part

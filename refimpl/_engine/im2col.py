@@ -174,12 +174,11 @@ def fold_padding(be: Backend, dfilled: Array, windows: Windows, mode: str) -> Ar
     """
     if mode == "zeros":
         return dfilled
-    xp = be.xp
     for to, origin, mirrored in reversed(list(_copies(windows, mode))):
         part = _flipped(be, dfilled[to], mirrored)
         for d in range(part.ndim):
             if dfilled[origin].shape[d] < part.shape[d]:  # one element, repeated
-                part = xp.sum(part, axis=d, keepdims=True)
+                part = be.sums(part, d, True)
         dfilled[origin] += part
     dx = be.full((*dfilled.shape[: dfilled.ndim - len(windows)], *(w.size for w in windows)), 0, dfilled.dtype)
     dx[...] = dfilled[(..., *_inside(windows))]

@@ -68,7 +68,7 @@ def append(be: Backend, heads: Array, token: Array | None, zero: bool) -> Array:
 def append_backward(be: Backend, dheads: Array, length: int, token: Array) -> Array:
     """Return the gradient of a token that came after the first `length` of every batch entry."""
     xp = be.xp
-    return xp.reshape(xp.sum(dheads[..., length, :], axis=tuple(range(dheads.ndim - 3))), token.shape)
+    return xp.reshape(be.sums(dheads[..., length, :], tuple(range(dheads.ndim - 3)), False), token.shape)
 
 
 def split(be: Backend, x: Array, num_heads: int) -> Array:
@@ -155,7 +155,7 @@ def apply_backward(
         real_t = None if real is None else xp.matrix_transpose(real)
         dx[at] = xp.reshape(_product(be, hidden, part, linear.weight, real), dx[at].shape)
         dw = _product(be, hidden, xp.matrix_transpose(part), _rows(be, x, at), real_t, _rows(be, x_real, at))
-        return dw, xp.sum(part, axis=0)
+        return dw, be.sums(part, 0, False)
 
     def collect(_: Tile, parts: tuple[Array, Array]) -> None:
         dweight[...] += parts[0]

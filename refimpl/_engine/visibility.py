@@ -294,7 +294,7 @@ def accumulate(be: Backend, target: Array, at: Tile, part: Array) -> None:
     """Add to `target` at a tile: the adjoint of `slice_of`, which sums over dimensions that broadcast."""
     axes = tuple(d for d in range(part.ndim) if target.shape[d] == 1 != part.shape[d])
     if axes:
-        part = be.xp.sum(part, axis=axes, keepdims=True)
+        part = be.sums(part, axes, True)
     target[(*(slice(None) if n == 1 else s for n, s in zip(target.shape, at, strict=False)), ...)] += part
 
 
