@@ -164,14 +164,14 @@ def scores_of(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Arra
         s, slope = call.softcap * capped, (1.0 - capped) * (1.0 + capped)
     if call.bias is not None:
         s = add_broadcast(s, call.with_appended_keys(slice_of(call.bias, (*tile, call.own_keys(keys))), keys, 0.0))
-    if call.has_hidden_pairs and call.finite:
+    if call.has_hidden_pairs and call.finite and not call.all_visible(tile, keys):
         doubtful = call.partially_visible_keys(tile, keys)
         minus_inf, allowed = additive_mask(call, tile, doubtful)
         if doubtful == keys:
             sees, s = xp.any(allowed, axis=-1, keepdims=True), add_broadcast(s, minus_inf)
         else:  # all rows see the other keys
             s[..., doubtful.start - keys.start :] += minus_inf
-    elif call.has_hidden_pairs:
+    elif call.has_hidden_pairs and not call.finite:
         seen = visible(call, tile, keys)
         sees = xp.any(seen, axis=-1, keepdims=True)
         seen, s = xp.broadcast_arrays(seen, s)

@@ -386,6 +386,7 @@ def _child(queue):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning")  # of JAX, where another test has imported it
 def test_a_forked_process_computes_with_threads_of_its_own():
     fork = multiprocessing.get_context("fork")
     here, there = fork.Queue(), fork.Queue()
