@@ -84,7 +84,7 @@ class AttentionCall:
             step = max(LEAST_ROWS, width // 2)
         rows = [slice(start, min(start + step, size)) for start in range(0, size, step)]
         lengths = self._known(self.key_lengths)
-        if lengths is None or lengths.size < 2 or math.prod(self.scores[-3:]) < MANY_SCORES:
+        if lengths is None or math.prod(lengths.shape) < 2 or math.prod(self.scores[-3:]) < MANY_SCORES:
             entries: Iterable[Tile] = [tuple(slice(0, n) for n in batch)]
         else:
             entries = (tuple(slice(i, i + 1) for i in at) for at in itertools.product(*map(range, batch)))
@@ -93,7 +93,8 @@ class AttentionCall:
 
     def _known(self, lengths: Array | None) -> Array | None:
         """Return lengths if reading them waits for nothing."""
-        return lengths if self.be.reads_free and not self.num_appended_keys else None
+        some = self.be.reads_free and not self.num_appended_keys and 0 not in self.space
+        return lengths if some else None
 
     def visible_keys(self, tile: Tile) -> slice | None:
         """Return the range of keys that holds all visible ones of the rows of the tile, None if it is empty."""
