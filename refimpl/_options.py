@@ -20,7 +20,7 @@ class AttentionOptions:
     mask: Array | None = None
     is_causal: bool = False
     window: Window | None = None
-    query_offset: int | Array = 0
+    query_offset: int | Array | str = 0
     query_lengths: Array | None = None
     key_lengths: Array | None = None
     sink: Array | None = None

@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     mask: Array | None = None,
     is_causal: bool = False,
     window: Window | None = None,
-    query_offset: int | Array = 0,
+    query_offset: int | Array | str = 0,
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
     sink: Array | None = None,
@@ -58,16 +58,18 @@ def scaled_dot_product_attention(
         True where the query may attend to the key.
     is_causal : bool
         Key j is visible to query i if `j <= i + query_offset`.
-    window : (left, right), each at least 0 or None, optional
-        Key j is visible to query i if `i + query_offset - left <= j <= i + query_offset + right`; None is unbounded.
-    query_offset : int, or integer array that broadcasts to the batch dimensions
-        The position of query 0 among the keys: 0 aligns both at their beginnings, `Lk - Lq` at their ends.
+    window : (left, right), each an int or None, optional
+        Key j is visible to query i if `i + query_offset - left <= j <= i + query_offset + right`; None is unbounded. A
+        negative side leaves the query's own token out; `left + right` is at least 0.
+    query_offset : int, integer array that broadcasts to the batch dimensions, or "end"
+        The position of query 0 among the keys: 0 aligns both at their beginnings, "end" at their ends. That is
+        `Lk - Lq`, with the lengths of each batch entry where these are given.
     query_lengths, key_lengths : integer array that broadcasts to the batch dimensions, optional
         How many queries and keys there are; what lies beyond is padding, and hidden.
     sink : floating, (Hq,), or (1,) for arrays without heads, optional
         One more logit for each head in the denominator of the softmax, for which there is no value.
     scale : float, optional
-        `1 / sqrt(E)` unless given.
+        `1 / sqrt(E)` unless given. Without features, E = 0, all scores are 0.
     softcap : float, above 0, optional
         Bounds the scores: `softcap * tanh(score / softcap)`, before the bias.
     dropout_mask : bool, broadcasts to (..., Hq, Lq, Lk), optional

@@ -202,7 +202,9 @@ def conv_transpose(
         odd one more from the end, `"same_lower"` one more from the beginning; where there is nothing to crop
         (a kernel shorter than the stride), the end is extended instead.
     output_padding : int or one per spatial dimension, at least 0 and below `max(stride, dilation)`
-        Extends the output at the end: with values that `padding` would have cropped, then with the bias alone.
+        Extends the output at the end: with values that `padding` would have cropped, then with the bias alone. With
+        `"same"`, the size stays `size * stride`, and what is extended is part of what is cropped, as ONNX counts it:
+        `(S - 1) * stride + output_padding + dilation * (K - 1) + 1 - S * stride`.
     output_size : int or one per spatial dimension, optional
         The spatial size of the output; sets `output_padding`, which must come out in `[0, stride)`.
 

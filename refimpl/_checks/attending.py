@@ -56,8 +56,6 @@ def _scores(function: str, query: Array, key: Array, values: list[Array]) -> tup
     """Check that query, key and value fit each other; returns the shape of the scores, `(..., Hq, Lq, Lk)`."""
     named = dict(zip(("query", "key", "value"), (query, key, *values), strict=False))
     got = shapes_of(**named)
-    if query.shape[-1] == 0:
-        fail(ValueError, function, "query", "have at least 1 feature", got)
     if key.shape[-1] != query.shape[-1]:
         fail(ValueError, function, "key.shape[-1]", f"equal query.shape[-1] ({query.shape[-1]})", got)
     heads, kv_heads, *of_values = (int(array.shape[-3]) if array.ndim > 2 else 1 for array in named.values())
@@ -101,8 +99,8 @@ def _options(
     _dropout(function, options.dropout_mask, options.dropout_p)
     if backend.is_array(options.query_offset):
         _batch_integers(function, like, "query_offset", options.query_offset, batch)
-    elif not backend.is_number(options.query_offset):
-        fail(TypeError, function, "query_offset", "be an int or an integer array", shown(options.query_offset))
+    elif not backend.is_number(options.query_offset) and options.query_offset != "end":
+        fail(TypeError, function, "query_offset", "be an int, an integer array or 'end'", shown(options.query_offset))
     _lengths(function, like, "query_lengths", options.query_lengths, batch, scores[-2])
     _lengths(function, like, "key_lengths", options.key_lengths, batch, scores[-1])
 
@@ -142,9 +140,9 @@ def _window(function: str, window: object) -> None:
         fail(TypeError, function, "window", "be None or a pair (left, right)", shown(window))
     if len(window) != 2:
         fail(ValueError, function, "window", "be None or a pair (left, right)", shown(window))
-    for i, side in enumerate(window):
-        if side is not None:
-            integer(function, f"window[{i}]", side, 0)
+    left, right = (None if side is None else integer(function, f"window[{i}]", side) for i, side in enumerate(window))
+    if left is not None and right is not None and left + right < 0:
+        fail(ValueError, function, "window", "have left + right of at least 0", shown(window))
 
 
 class Heads(NamedTuple):
@@ -218,8 +216,6 @@ def _features(
         parts, option = (heads, "num_heads") if name == "query" or shared == 1 else (kv_heads, "num_kv_heads")
         if size % parts:
             fail(ValueError, function, option, f"divide the {what} of {name} ({size})", parts)
-    if inner["query"] == 0:
-        fail(ValueError, function, "query", f"have at least 1 of the {what} in each head", "0")
     if inner["key"] * shared != inner["query"]:
         rule = f"equal query.shape[-1] ({inner['query']})" + f" / {shared} as heads are shared" * (shared > 1)
         fail(ValueError, function, "key.shape[-1]", rule, shapes_of(query=query, key=key, value=value))

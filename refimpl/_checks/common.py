@@ -120,10 +120,12 @@ def gradient(function: str, dout: Array, shape: Sequence[int], name: str = "dout
         fail(ValueError, function, name, f"have the shape of the result, {tuple(shape)}", shapes_of(**{name: dout}))
 
 
-def not_empty(function: str, argument: str, array: Array, first: int) -> None:
-    """Check that no dimension from `first` on has size 0."""
-    if 0 in array.shape[first:]:
+def not_empty(function: str, argument: str, array: Array, first: int, stop: int | None = None) -> None:
+    """Check that no dimension from `first` on, and before `stop`, has size 0."""
+    if 0 in array.shape[first:stop]:
         rule = f"have sizes of at least 1 from dimension {first} on"
+        if stop is not None:
+            rule = f"have at least 1 channel, in dimension {first}"
         fail(ValueError, function, argument, rule, shapes_of(**{argument: array}))
 
 

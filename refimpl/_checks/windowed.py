@@ -83,7 +83,7 @@ def conv(
     padding_mode: object,
 ) -> tuple[Windows, int]:
     """Check `x`, `weight`, perhaps `dout`, and the options of `conv`; returns the windows over `x`, and `groups`."""
-    x, weight, groups = _conv_arrays(function, arrays, bias, groups)
+    x, weight, groups = _conv_arrays(function, arrays, bias, groups, spatial_may_be_empty=True)
     spatial = weight.ndim - 2
     axis = x.ndim - spatial - 1
     if x.shape[axis] != weight.shape[1] * groups:
@@ -165,7 +165,7 @@ def conv_transpose(
 
 
 def _conv_arrays(
-    function: str, arrays: Mapping[str, Array], bias: Array | None, groups: object
+    function: str, arrays: Mapping[str, Array], bias: Array | None, groups: object, spatial_may_be_empty: bool = False
 ) -> tuple[Array, Array, int]:
     """Check the arrays and `groups` of `conv` or `conv_transpose`; returns `x`, `weight` and `groups`."""
     required(function, arrays)
@@ -177,7 +177,8 @@ def _conv_arrays(
         rule = f"have {weight.ndim} dimensions, or {weight.ndim - 1} without the batch, as weight has {weight.ndim}"
         fail(ValueError, function, "x", rule, shapes_of(x=x, weight=weight))
     not_empty(function, "weight", weight, 0)
-    not_empty(function, "x", x, x.ndim - weight.ndim + 1)
+    first = x.ndim - weight.ndim + 1
+    not_empty(function, "x", x, first, first + 1 if spatial_may_be_empty else None)
     return x, weight, integer(function, "groups", groups, 1, LARGEST)
 
 
@@ -197,9 +198,9 @@ def _output_padding(
     extras = sizes(function, "output_padding", output_padding, len(strides), 0)
     if any(extras) and output_size is not None:
         fail(ValueError, function, "output_padding", "be 0 when output_size is given", shown(output_padding))
-    if isinstance(pads, str) and pads != "valid" and (any(extras) or output_size is not None):
-        name, value = ("output_padding", output_padding) if any(extras) else ("output_size", output_size)
-        fail(ValueError, function, name, f"be left out with padding={pads!r}, which sets the size", shown(value))
+    if isinstance(pads, str) and pads != "valid" and output_size is not None:
+        rule = f"be left out with padding={pads!r}, which sets the size"
+        fail(ValueError, function, "output_size", rule, shown(output_size))
     for d, extra in enumerate(extras):
         limit = max(strides[d], dilations[d])
         if extra >= limit:

@@ -240,7 +240,7 @@ def transposed_window(
     """Return the windows of the convolution whose adjoint has `size` inputs: `window.size` is what it puts out."""
     full = (size - 1) * stride + dilation * (kernel - 1) + 1
     if padding in ("same", "same_lower"):
-        low, high = _share(max(0, full - size * stride), padding)
+        low, high = _share(max(0, full + output_padding - size * stride), padding)  # the total as ONNX counts it
         result = size * stride
     else:
         low, high = _pair(padding)

@@ -166,7 +166,7 @@ def prepare(
     kv_heads = int(key.shape[-3]) if key.ndim > 2 else 1
     heads = scores[-3] if len(scores) > 2 else 1
     space = (*scores[:-3], kv_heads, heads // kv_heads, scores[-2])
-    first, last = _band(be, options, space, key)
+    first, last = _band(be, options, space, scores[-1] - num_appended_keys)
     query_lengths, key_lengths = (
         None if lengths is None else _per_batch(be, lengths, space)
         for lengths in (options.query_lengths, options.key_lengths)
@@ -175,7 +175,7 @@ def prepare(
     has_hidden_pairs = any(option is not None for option in hiding)
 
     smallest, largest = be.float_range(query)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if options.scale is None else float(options.scale)
+    factor = 1.0 / math.sqrt(max(1, query.shape[-1])) if options.scale is None else float(options.scale)
     cap = None if options.softcap is None else float(options.softcap)
     if cap is not None:
         cap = None if cap > largest else max(cap, smallest)  # no score comes near a cap beyond the largest number
@@ -229,16 +229,25 @@ def _bounded(
 
 
 def _band(
-    be: Backend, options: AttentionOptions, space: tuple[int, ...], key: Array
+    be: Backend, options: AttentionOptions, space: tuple[int, ...], num_keys: int
 ) -> tuple[int | Array | None, int | Array | None]:
     """Return the first and last visible key relative to a query's number, None where there is no bound."""
     left, right = (None if side is None else int(side) for side in options.window or (None, None))
     if options.is_causal:
-        right = 0
-    offset = options.query_offset if backend.is_array(options.query_offset) else int(options.query_offset)
-    first = None if left is None else _shifted(be, offset, -left, space, key)
-    last = None if right is None else _shifted(be, offset, right, space, key)
+        right = 0 if right is None else min(right, 0)
+    offset = _offset(be, options, space[-1], num_keys)
+    first = None if left is None else _shifted(be, offset, -left, space, num_keys)
+    last = None if right is None else _shifted(be, offset, right, space, num_keys)
     return first, last
+
+
+def _offset(be: Backend, options: AttentionOptions, num_queries: int, num_keys: int) -> int | Array:
+    """Return the position of query 0 among the keys."""
+    if not isinstance(options.query_offset, str):
+        return options.query_offset if backend.is_array(options.query_offset) else int(options.query_offset)
+    ends = zip((options.key_lengths, options.query_lengths), (num_keys, num_queries), strict=True)
+    keys, queries = (size if lengths is None else be.xp.astype(lengths, be.xp.int64) for lengths, size in ends)
+    return keys - queries
 
 
 def visible(call: AttentionCall, tile: Tile, keys: slice) -> Array:
@@ -376,10 +385,10 @@ def _per_batch(be: Backend, array: Array, space: tuple[int, ...]) -> Array:
     return xp.astype(xp.reshape(array, (*missing, *array.shape, 1, 1, 1, 1)), xp.int64)
 
 
-def _shifted(be: Backend, offset: int | Array, by: int, space: tuple[int, ...], key: Array) -> int | Array:
+def _shifted(be: Backend, offset: int | Array, by: int, space: tuple[int, ...], num_keys: int) -> int | Array:
     """Return `offset + by`, bounded so that nothing overflows and no comparison with a key changes."""
     if isinstance(offset, int):
-        return max(-space[-1], min(offset + by, int(key.shape[-2])))
+        return max(-space[-1], min(offset + by, num_keys))
     far = 1 << 61
     bounded = be.xp.clip(_per_batch(be, offset, space), -far, far)
     return bounded + max(-far, min(by, far))

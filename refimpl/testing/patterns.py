@@ -125,6 +125,8 @@ def _other_attention(
     queries, keys = int(query.shape[-2]), int(key.shape[-2])
     offset = options.get("query_offset", 0)
     hidden = any(options.get(name) is not None for name in ("is_causal", "window"))
+    if isinstance(offset, str) and not any(options.get(name) is not None for name in ("query_lengths", "key_lengths")):
+        offset = keys - queries
     if hidden and isinstance(offset, int):
         for text, other in (("their ends", keys - queries), ("their beginnings", 0)):
             if other != offset:

@@ -131,6 +131,10 @@ def _visible(
             return value
         return be.xp.astype(value, be.xp.int64)[(..., *(None,) * min(3, s.ndim))]
 
+    if isinstance(query_offset, str):  # "end": the last query stands at the last key
+        lengths = zip((key_lengths, query_lengths), s.shape[:-3:-1], strict=True)
+        keys, queries = (n if a is None else be.xp.astype(a, be.xp.int64) for a, n in lengths)
+        query_offset = keys - queries
     position = i + per_batch(query_offset)
     left, right = (None, None) if window is None else window
     visible = (i >= 0) & (j >= 0)
@@ -289,7 +293,7 @@ def _parts(be: Backend, logsumexps: Array) -> tuple[Array, Array]:
 
 
 def _scale(query: Array, scale: float | None) -> float:
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
 
 
 def _dropped(be: Backend, p: Array, keep: Array | None, dropout_p: float) -> Array:

@@ -50,9 +50,25 @@ def _refuse(options: dict[str, Any]) -> None:
         raise NotImplementedError(f"no {', '.join(left)}")
 
 
+def _offset(query: Any, key: Any, options: dict[str, Any]) -> Any:
+    """Take the offset of the queries out of the options."""
+    offset = options.pop("query_offset", 0)
+    if not isinstance(offset, str):
+        return offset
+    if options.get("query_lengths") is not None or options.get("key_lengths") is not None:
+        raise NotImplementedError("lengths")
+    return key.shape[-2] - query.shape[-2]
+
+
+def _own_token_inside(window: Any) -> None:
+    """Refuse a window that leaves the query's own token out: there a negative side means none."""
+    if any(side is not None and side < 0 for side in window or ()):
+        raise NotImplementedError("a window holds the query's own token")
+
+
 def _aligned_at_the_end(query: Any, key: Any, options: dict[str, Any]) -> None:
     """Refuse a causal mask or window, unless the last query stands at the last key."""
-    offset = options.pop("query_offset", 0)
+    offset = _offset(query, key, options)
     hidden = options.get("is_causal") or options.get("window") is not None
     if hidden and offset != key.shape[-2] - query.shape[-2]:
         raise NotImplementedError("masks are aligned at the ends of queries and keys")
@@ -77,7 +93,7 @@ def _torch_attention(kernel: Kernel) -> Kernel:
     @_with_heads
     def call(query: Any, key: Any, value: Any, *, is_causal: bool = False, scale: Any = None, **options: Any) -> Any:
         bias, mask = options.pop("bias", None), options.pop("mask", None)
-        if options.pop("query_offset", 0) != 0 and is_causal:
+        if _offset(query, key, options) != 0 and is_causal:
             raise NotImplementedError("a causal mask is aligned at the beginnings")
         if sum((bias is not None, mask is not None, bool(is_causal))) > 1:
             raise NotImplementedError("one of bias, mask and is_causal")
@@ -96,6 +112,7 @@ def _flash_attention(kernel: Kernel) -> Kernel:
     def call(query: Any, key: Any, value: Any, **options: Any) -> Any:
         _aligned_at_the_end(query, key, options)
         causal, window = bool(options.pop("is_causal", False)), options.pop("window", None) or (None, None)
+        _own_token_inside(window)
         sides = tuple(-1 if side is None else int(side) for side in window)
         scale, softcap = options.pop("scale", None), options.pop("softcap", None)
         _refuse(options)
@@ -113,11 +130,12 @@ def _jax_attention(kernel: Kernel) -> Kernel:
 
     @_with_heads
     def call(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        if options.pop("query_offset", 0) != 0:
+        if _offset(query, key, options) != 0:
             raise NotImplementedError("masks are aligned at the beginnings")
         window = options.pop("window", None)
         if window is not None and None in window:
             raise NotImplementedError("a window has both sides")
+        _own_token_inside(window)
         named = {
             "bias": options.pop("bias", None), "mask": options.pop("mask", None), "scale": options.pop("scale", None),
             "is_causal": bool(options.pop("is_causal", False)), "local_window_size": window,
@@ -134,7 +152,7 @@ def _onnx_attention(kernel: Kernel) -> Kernel:
     @_with_heads
     def call(query: Any, key: Any, value: Any, **options: Any) -> Any:
         bias, mask = options.pop("bias", None), options.pop("mask", None)
-        if options.pop("query_offset", 0) != 0 or (bias is not None and mask is not None):
+        if _offset(query, key, options) != 0 or (bias is not None and mask is not None):
             raise NotImplementedError("one attn_mask, and no offset")
         causal, scale = int(options.pop("is_causal", False)), options.pop("scale", None)
         softcap = options.pop("softcap", None) or 0.0
@@ -149,7 +167,7 @@ def _cudnn_attention(kernel: Kernel) -> Kernel:
 
     @_with_heads
     def call(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        causal, offset = bool(options.pop("is_causal", False)), options.pop("query_offset", 0)
+        causal, offset = bool(options.pop("is_causal", False)), _offset(query, key, options)
         ends = offset == key.shape[-2] - query.shape[-2]
         if causal and offset != 0 and not ends:
             raise NotImplementedError("a causal mask is aligned at the beginnings or at the ends")

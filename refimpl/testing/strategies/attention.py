@@ -334,11 +334,11 @@ def _options(
         "bias": lambda: _bias(source, _reduced(source, scores, broadcast)),
         "mask": lambda: _mask(source, _reduced(source, scores, broadcast), [0.9, 0.5, 0.0]),
         "is_causal": lambda: not source.rarely(),
-        "window": lambda: source.sequence([source.pick(sides), source.pick(sides)]),
+        "window": lambda: source.sequence(source.pick([[a, b] for a in sides for b in sides] + [[2, -1], [-1, None]])),
         "query_offset": lambda: (
             _integers(source, _reduced(source, batch, broadcast), -4, 4)
             if source.flag()
-            else source.pick([0, 1, -1, 2, -2, 4, -4])
+            else source.pick([0, 1, -1, 2, -2, 4, -4, "end"])
         ),
         "query_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-2]),
         "key_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-1]),
