@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 SMALL_PRODUCT = 1_000_000  # multiplications, up to which OpenBLAS uses kernels that pack nothing
 SHORT_VECTOR = 4096  # elements of a product of vectors, up to 10,000 of which OpenBLAS multiplies on one thread
-BLOCK = 128  # numbers that are added one after the other
+BLOCK, SHORT_ROW = 128, 1024  # numbers that are added one after the other, and in pairs
 LONG_RUN = 512  # elements of a run, from which on a batch entry is worth a call of its own
 
 
@@ -133,7 +133,7 @@ class NumpyBackend(StridedBackend):
         axes = sorted(d % array.ndim for d in given)
         count, contiguous = math.prod(array.shape[d] for d in axes), array.flags.c_contiguous
         apart = bool(axes) and axes[-1] != array.ndim - 1
-        if count <= 1 or (count == array.size and contiguous) or (count <= BLOCK and apart):
+        if count <= 1 or (count == array.size <= SHORT_ROW and contiguous) or (count <= BLOCK and apart):
             return array.sum(axis=tuple(axes), keepdims=keepdims)
         shape = tuple(1 if d in axes else n for d, n in enumerate(array.shape))
         if count <= 4096 and contiguous and axes == list(range(array.ndim - len(axes), array.ndim)):
@@ -216,13 +216,14 @@ def _sum_in_blocks(array: Array, axes: Sequence[int]) -> Array:
 
 def _sum_along(array: Array, axis: int) -> Array:
     """Return the sum along one dimension: in blocks, whose sums are summed in the same way."""
-    size = array.shape[axis]
-    if size <= BLOCK or abs(array.strides[axis]) <= array.itemsize:  # along which `sum` adds up in pairs
+    # `sum` adds up in pairs along a dimension that lies end to end, but NumPy 2.0 only as far as its buffer goes.
+    size, block = array.shape[axis], SHORT_ROW if abs(array.strides[axis]) <= array.itemsize else BLOCK
+    if size <= block:
         return array.sum(axis=axis)
-    whole = size - size % BLOCK
+    whole = size - size % block
     before = (slice(None),) * axis
     blocks = array[(*before, slice(whole))].reshape(
-        *array.shape[:axis], whole // BLOCK, BLOCK, *array.shape[axis + 1 :]
+        *array.shape[:axis], whole // block, block, *array.shape[axis + 1 :]
     )
     total = _sum_along(blocks.sum(axis=axis + 1), axis)
     return total + array[(*before, slice(whole, None))].sum(axis=axis) if whole < size else total
