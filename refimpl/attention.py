@@ -6,8 +6,9 @@ H heads (Hq of the queries, Hkv of keys and values); L length; E features.
 from typing import Any
 
 from . import _checks, backend
+from ._engine.arguments import prepare
 from ._engine.softmax import attend, attend_backward, attention_probabilities
-from ._engine.visibility import AttentionCall, as_given, prepare
+from ._engine.visibility import AttentionCall, as_given
 from ._grads import AttentionGrads, AttentionWeightsGrads
 from ._options import AttentionOptions, Window, takes_attention_options
 from .backend import Array, Backend

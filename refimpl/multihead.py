@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import _checks, backend
+from ._engine.arguments import prepare
 from ._engine.projections import (
     Hidden,
     append,
@@ -21,7 +22,7 @@ from ._engine.projections import (
     split,
 )
 from ._engine.softmax import attend, attend_backward, attention_probabilities
-from ._engine.visibility import AttentionCall, as_given, prepare
+from ._engine.visibility import AttentionCall, as_given
 from ._grads import MultiHeadGrads
 from ._options import AttentionOptions, takes_attention_options
 from .backend import Array, Backend

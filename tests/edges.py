@@ -365,7 +365,7 @@ def broadcasts(number):
 causal = has("is_causal", bool)
 minus_inf = has("bias", lambda array: np.isneginf(array).any())
 hidden = scoring(lambda s: s.keys > 0 and 0 in s.seen)
-moved = has("query_offset", np.any)
+moved = has("query_offset", lambda o: isinstance(o, str) or np.any(o))
 
 VISIBILITY = {
     "one query": scoring(lambda s: s.rows == 1),
@@ -406,6 +406,8 @@ VISIBILITY = {
     "window with an offset": every(has("window"), moved),
     "offset < 0": has("query_offset", lambda o: isinstance(o, int) and o < 0),
     "offset > 0": has("query_offset", lambda o: isinstance(o, int) and o > 0),
+    "aligned at the ends": has("query_offset", lambda o: isinstance(o, str)),
+    "window without the own token": has("window", lambda w: any(side is not None and side < 0 for side in w)),
     "offset for each batch entry": has("query_offset", lambda o: np.unique(o).size > 1),
     "some queries are padding": beside("query_lengths", "rows", lambda n, size: (n > 0) & (n < size)),
     "all queries are padding": beside("query_lengths", "rows", lambda n, size: (n == 0) & (size > 0)),

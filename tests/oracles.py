@@ -309,7 +309,12 @@ def visible_pairs(shape, options):
     mask = np.broadcast_to(options["mask"], shape) if options.get("mask") is not None else None
     bias = np.broadcast_to(options["bias"], shape) if options.get("bias") is not None else None
     left, right = options.get("window") or (None, None)
-    offsets = np.broadcast_to(options.get("query_offset", 0), batch)
+    offsets = options.get("query_offset", 0)
+    if isinstance(offsets, str):  # "end"
+        ends = (("key_lengths", shape[-1]), ("query_lengths", shape[-2]))
+        keys, queries = (np.asarray(options.get(name, size), dtype=int) for name, size in ends)
+        offsets = keys - queries
+    offsets = np.broadcast_to(offsets, batch)
     for index in np.ndindex(*shape):
         i, j = index[-2:]
         entry = index[: len(batch)]

@@ -11,7 +11,7 @@ import refimpl
 THRESHOLDS = {
     "_engine.correlate": {"FEW_COLUMNS": 0, "FEWER_CHANNELS": 1 << 30, "MANY_WINDOWS": 1},
     "_engine.im2col": {"FEW_ELEMENTS": 0, "MANY_TAPS": 2},
-    "_engine.visibility": {"MANY_PAIRS": 0},
+    "_engine.visibility": {"MANY_PAIRS": 0, "MANY_SCORES": 0, "LEAST_ROWS": 1},
     "_engine.softmax": {"LONG_ROWS": 1},
     "backend.numpy": {"LONG_RUN": 1},
 }

@@ -573,7 +573,7 @@ def test_the_mean_of_values_near_the_largest_is_one(dtype, hidden):
 @pytest.mark.parametrize("low", [-np.inf, -1e30])
 def test_an_additive_mask_is_hidden_by_arithmetic(low):
     """A bias of large negative numbers takes the quick path: it cannot make NaN of anything."""
-    from refimpl._engine.visibility import _bounded
+    from refimpl._engine.arguments import _bounded
 
     query, bias = normal(3, 2).astype(np.float32), np.where(np.eye(3, dtype=bool), 0, low).astype(np.float32)
     assert _bounded(refimpl.backend.NUMPY, query, query, query, bias, 1.0, 3e38)

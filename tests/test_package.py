@@ -15,7 +15,7 @@ LAYERS = [
     "backend.values", "backend.threads", "backend.tiling", "backend.portable", "backend.strided", "backend.numpy",
     "backend.cupy", "backend.torch", "backend", "_grads", "_options", "textbook",
     "_engine.geometry", "_engine.nan_safe", "_engine.im2col", "_engine.correlate", "_engine.pooling",
-    "_engine.visibility", "_engine.softmax", "_engine.projections", "_engine", "_checks",
+    "_engine.visibility", "_engine.arguments", "_engine.softmax", "_engine.projections", "_engine", "_checks",
     "conv", "pool", "lp", "adaptive", "unpool", "attention", "multihead", "merging", "testing",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ geometry      window arithmetic, integers only
 im2col        im2col and col2im, padding modes and their adjoints
 correlate     the three products of convolution
 pooling       running reductions and their adjoints
+arguments     the arguments of attention in the form that tiles use
 visibility    which query sees which key: masks, bands, lengths
 softmax       scores, softmax, weighted sum, and the way back
 projections   the linear maps around the heads

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from refimpl import backend
-from refimpl._engine.visibility import prepare, visible
+from refimpl._engine.arguments import prepare
+from refimpl._engine.visibility import visible
 from refimpl._options import AttentionOptions
 
 BATCH, HEADS, ROWS, KEYS = 3, 2, 300, 520

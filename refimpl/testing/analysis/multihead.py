@@ -15,8 +15,9 @@ from ..._engine.visibility import by_heads
 from ..._grads import AttentionGrads, MultiHeadGrads
 from ...backend import Array, mapped
 from ...textbook import attention as steps
-from .attention import InputErrors, call_of, errors_by_row, errors_of_gradients
+from .attention_gradients import errors_of_gradients
 from .models import Model
+from .softmax import InputErrors, call_of, errors_by_row
 
 Params = Mapping[str, Array] | None
 _ATTENTION = "scaled_dot_product_attention"

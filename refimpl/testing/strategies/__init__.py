@@ -19,17 +19,9 @@ from collections.abc import Callable, Mapping
 from hypothesis.strategies import SearchStrategy
 
 from .attention import attention_weights, merge_attention, multi_head_attention, scaled_dot_product_attention
+from .convolution import conv, conv_transpose
+from .pooling import adaptive_avg_pool, adaptive_max_pool, avg_pool, lp_pool, max_pool, max_unpool
 from .values import LAYOUTS, VALUES, Case
-from .windows import (
-    adaptive_avg_pool,
-    adaptive_max_pool,
-    avg_pool,
-    conv,
-    conv_transpose,
-    lp_pool,
-    max_pool,
-    max_unpool,
-)
 
 EVERY_OP: Mapping[str, Callable[..., SearchStrategy[Case]]] = {
     strategy.__name__: strategy

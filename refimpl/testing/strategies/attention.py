@@ -324,6 +324,14 @@ def _merge(
     return source.case((outs, source.lay_out(logsumexps)), {})
 
 
+def _offset(source: Source, shape: Shape) -> Any:
+    """Draw the position of query 0: one for all, one for each batch entry, or aligned at the ends."""
+    kind = source.pick(["one", "each", "end"])
+    if kind == "each":
+        return _integers(source, shape, -4, 4)
+    return kind if kind == "end" else source.pick([0, 1, -1, 2, -2, 4, -4])
+
+
 def _options(
     source: Source, scores: Shape, batch: Shape, heads: int, broadcast: bool, appended: int = 0
 ) -> dict[str, Any]:
@@ -334,12 +342,10 @@ def _options(
         "bias": lambda: _bias(source, _reduced(source, scores, broadcast)),
         "mask": lambda: _mask(source, _reduced(source, scores, broadcast), [0.9, 0.5, 0.0]),
         "is_causal": lambda: not source.rarely(),
-        "window": lambda: source.sequence(source.pick([[a, b] for a in sides for b in sides] + [[2, -1], [-1, None]])),
-        "query_offset": lambda: (
-            _integers(source, _reduced(source, batch, broadcast), -4, 4)
-            if source.flag()
-            else source.pick([0, 1, -1, 2, -2, 4, -4, "end"])
+        "window": lambda: source.sequence(
+            source.pick([[2, -1], [-1, None]]) if source.rarely() else [source.pick(sides), source.pick(sides)]
         ),
+        "query_offset": lambda: _offset(source, _reduced(source, batch, broadcast)),
         "query_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-2]),
         "key_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-1]),
         "sink": lambda: source.array(heads),
