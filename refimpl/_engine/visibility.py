@@ -193,6 +193,7 @@ def additive_mask(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, 
 
 
 def _additive(call: AttentionCall, tile: Tile, keys: slice) -> tuple[Array, Array]:
+    """Return 0 or -inf for each pair, in a shape that broadcasts to that of the scores, and `visible`."""
     seen = visible(call, tile, keys)
     return 1.0 - 1.0 / call.be.xp.astype(seen, call.query.dtype), seen
 

@@ -65,7 +65,7 @@ def _multi_head_backward(
 ) -> MultiHeadGrads:  # fmt: skip
     """Return the error of each gradient: back through the steps."""
     del need_weights, average_weights
-    be, xp, size = model.be, model.be.xp, model.size
+    be, size = model.be, model.size
     dout, query, key, value, params = _clean(model, (dout, query, key, value, params))
     tokens = (query, key, value)
     heads, errors, inner = _projected(
@@ -96,15 +96,32 @@ def _multi_head_backward(
         dq, dk, dv = (_summed(model, total, e, size(d)) for total, e, d in zip(result[:3], of_dx, dx, strict=True))
         return MultiHeadGrads(dq, dk, dv, None, dbias, whole.dsink)
     of_dx = [e + model.half * size(d) for e, d in zip(of_dx, dx, strict=True)]
-    weights, _ = steps._projections(params)
-    found: dict[str, Any] = {}
-    dparams = result.dparams or {}
     joined = steps._joined(be, textbook.scaled_dot_product_attention(*heads, **inner))
     of_joined = _joined(model, errors_by_row(model, forward, int(heads[2].shape[-1]), inputs)[0], heads[0])
     of_joined = of_joined + model.half * size(joined)
-    zero = 0.0 * dout
-    found["out_proj.weight"] = _dweight(model, dparams["out_proj.weight"], (dout, zero), (joined, of_joined))
-    found["out_proj.bias"] = _over_rows(model, dparams.get("out_proj.bias"), dout, zero)
+    place = (..., slice(key.shape[-2], key.shape[-2] + 1), slice(None))
+    pairs = (("bias_k", grads.dkey, whole.dkey), ("bias_v", grads.dvalue, whole.dvalue))
+    appended = {name: tuple(steps._joined(be, a[place]) for a in (d, e)) for name, d, e in pairs if name in params}
+    found = _of_params(model, params, result.dparams or {}, dout, tokens, (joined, of_joined), dx, of_dx, appended)
+    weights, _ = steps._projections(params)
+    dq, dk, dv = (
+        _dtokens(model, total, d, e, w, tuple(x.shape))
+        for total, d, e, w, x in zip(result[:3], dx, of_dx, weights, tokens, strict=True)
+    )
+    return MultiHeadGrads(dq, dk, dv, {name: found[name] for name in params}, dbias, whole.dsink)
+
+
+def _of_params(
+    model: Model, params: Mapping[str, Array], dparams: Mapping[str, Array], dout: Array, tokens: tuple[Array, ...],
+    joined: tuple[Array, Array], dx: list[Array], of_dx: list[Array], appended: dict[str, tuple[Array, ...]],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the error of the gradient of each parameter; `appended` are gradients of the tokens, and their errors."""
+    xp, zero = model.be.xp, 0.0 * dout
+    weights, _ = steps._projections(params)
+    found: dict[str, Any] = {
+        "out_proj.weight": _dweight(model, dparams["out_proj.weight"], (dout, zero), joined),
+        "out_proj.bias": _over_rows(model, dparams.get("out_proj.bias"), dout, zero),
+    }
     parts = [
         _dweight(model, total, (d, e), (x, 0.0 * x))
         for total, d, e, x in zip(_parts(dparams, weights), dx, of_dx, tokens, strict=True)
@@ -116,17 +133,10 @@ def _multi_head_backward(
         totals = _split_rows(dparams["in_proj_bias"], [d.shape[-1] for d in dx])
         biases = [_over_rows(model, t, d, e) for t, d, e in zip(totals, dx, of_dx, strict=True)]
         found["in_proj_bias"] = xp.concat(biases)
-    for name, d, e in (("bias_k", grads.dkey, whole.dkey), ("bias_v", grads.dvalue, whole.dvalue)):
-        if name in params:
-            at = (..., slice(key.shape[-2], key.shape[-2] + 1), slice(None))
-            token, of_token = steps._joined(be, d[at]), steps._joined(be, e[at])
-            total = xp.reshape(dparams[name], (dparams[name].shape[-1],))
-            found[name] = xp.reshape(_over_rows(model, total, token, of_token), params[name].shape)
-    dq, dk, dv = (
-        _dtokens(model, total, d, e, w, tuple(x.shape))
-        for total, d, e, w, x in zip(result[:3], dx, of_dx, weights, tokens, strict=True)
-    )
-    return MultiHeadGrads(dq, dk, dv, {name: found[name] for name in params}, dbias, whole.dsink)
+    for name, (token, of_token) in appended.items():
+        total = xp.reshape(dparams[name], (dparams[name].shape[-1],))
+        found[name] = xp.reshape(_over_rows(model, total, token, of_token), params[name].shape)
+    return found
 
 
 ANALYSES: dict[Callable[..., Any], Callable[..., Any]] = {

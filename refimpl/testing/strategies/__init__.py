@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 
 from hypothesis.strategies import SearchStrategy
 
-from .attention import attention_weights, merge_attention, multi_head_attention, scaled_dot_product_attention
+from .attention import attention_weights, multi_head_attention, scaled_dot_product_attention
 from .convolution import conv, conv_transpose
+from .merging import merge_attention
 from .pooling import adaptive_avg_pool, adaptive_max_pool, avg_pool, lp_pool, max_pool, max_unpool
 from .values import LAYOUTS, VALUES, Case
 
