@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import subprocess
 import sys
 
@@ -450,3 +451,31 @@ def test_a_case_has_a_gradient_of_its_result(data):
     assert case.dout().dtype == np.float32
     assert not out.size or (case.dout() != case.dout(1)).any()
     assert case.f_backward(case.dout(), *case.arrays, **case.options).shape == case.arrays[0].shape
+
+
+@given(
+    strategies.scaled_dot_product_attention(
+        options=("bias", "mask", "is_causal", "window", "scale"), exclusive=(("bias", "mask", "is_causal"),),
+        windows=((7, 0), (None, 3)), scales=(0.125, 3.0),
+    )
+)  # fmt: skip
+def test_options_that_exclude_each_other_and_their_values(case):
+    assert sum(name in case.options for name in ("bias", "mask", "is_causal")) <= 1
+    assert tuple(case.options.get("window", (7, 0))) in ((7, 0), (None, 3))
+    assert case.options.get("scale", 3.0) in (0.125, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "rule"),
+    [
+        ("exclusive", (("bias", "maks"),), "exclusive must be among"),
+        ("windows", (), "windows must have at least 1 entry"),
+        ("windows", ((1, -2),), r"left \+ right of at least 0"),
+        ("windows", ((1,),), "windows must be pairs"),
+        ("scales", (math.inf,), "scales must be finite"),
+    ],
+)
+@pytest.mark.parametrize("op", ["scaled_dot_product_attention", "attention_weights", "multi_head_attention"])
+def test_wrong_choices(op, parameter, value, rule):
+    with pytest.raises(ValueError, match=rf"^strategies.{op}: .*{rule}"):
+        strategies.EVERY_OP[op](**{parameter: value})

@@ -3,13 +3,12 @@
 H heads (Hq of the queries, Hkv of keys and values), L length, E features of a head.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 
+from .scoring import DROPOUT, HIDING, SCORES, Chosen, chosen_of, options_of, reduced
 from .values import Array, Case, Limits, Source, among, fail, ints, limits_of, shapes, some
 
 Strategy = st.SearchStrategy[Case]
@@ -19,9 +18,6 @@ Shape = tuple[int, ...]
 _LENGTHS = (1, 2, 3, 4, 5, 6, 0)
 _HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (3, 3), (3, 1))
 _BATCHES = ((), (1,), (2,), (3,), (2, 3), (1, 2), (0,), (2, 0))
-_HIDING = ("bias", "mask", "is_causal", "window", "query_offset", "query_lengths", "key_lengths")
-_SCORES = ("sink", "scale", "softcap")
-_DROPOUT = ("dropout_mask", "dropout_p")
 
 
 def scaled_dot_product_attention(
@@ -35,6 +31,9 @@ def scaled_dot_product_attention(
     broadcast: bool = True,
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
+    exclusive: Iterable[Iterable[str]] = (),
+    windows: Iterable[Sequence[int | None]] | None = None,
+    scales: Iterable[float] | None = None,
     values: str = "normal",
     layouts: Iterable[str] = ("contiguous",),
 ) -> Strategy:
@@ -59,6 +58,12 @@ def scaled_dot_product_attention(
     options : names, optional
         All of the op but `return_logsumexp`: `bias`, `mask`, `is_causal`, `window`, `query_offset`, `query_lengths`,
         `key_lengths`, `sink`, `scale`, `softcap`, `dropout_mask` and `dropout_p` (which comes with a `dropout_mask`).
+    exclusive : groups of names, optional
+        Options of which a case has one at most: `(("bias", "mask", "is_causal"),)` is for a kernel with one mask.
+    windows : pairs of an int or None, optional
+        The windows that are drawn; None is small ones, with sides of up to 2.
+    scales : floats, optional
+        The scales that are drawn; None is 1, 0.25, -0.5 and 0.
     values : str
         As for `conv`. A bias may hold -inf with any of them.
 
@@ -73,10 +78,11 @@ def scaled_dot_product_attention(
         If a parameter is empty or names what there is not.
     """
     op = "scaled_dot_product_attention"
-    checked = limits_of(op, (*_HIDING, *_SCORES, *_DROPOUT), dtypes, options, values, layouts, factors=3)
+    checked = limits_of(op, (*HIDING, *SCORES, *DROPOUT), dtypes, options, values, layouts, factors=3)
     sizes = (*_lengths(op, lengths, keys), ints(op, "features", features))
     ev = ints(op, "value_features", value_features, 0)
-    return _attention(checked, *sizes, ev, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
+    chosen = chosen_of(op, exclusive, windows, scales)
+    return _attention(checked, *sizes, ev, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast, chosen)
 
 
 def attention_weights(
@@ -89,6 +95,9 @@ def attention_weights(
     broadcast: bool = True,
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
+    exclusive: Iterable[Iterable[str]] = (),
+    windows: Iterable[Sequence[int | None]] | None = None,
+    scales: Iterable[float] | None = None,
     values: str = "normal",
     layouts: Iterable[str] = ("contiguous",),
 ) -> Strategy:
@@ -96,7 +105,7 @@ def attention_weights(
 
     Parameters
     ----------
-    lengths, keys, features, heads, batches, broadcast, dtypes, values, layouts
+    lengths, keys, features, heads, batches, broadcast, dtypes, exclusive, windows, scales, values, layouts
         As for `scaled_dot_product_attention`.
     options : names, optional
         Those of `scaled_dot_product_attention`, without dropout.
@@ -112,9 +121,10 @@ def attention_weights(
         If a parameter is empty or names what there is not.
     """
     op = "attention_weights"
-    checked = limits_of(op, (*_HIDING, *_SCORES), dtypes, options, values, layouts, factors=3)
+    checked = limits_of(op, (*HIDING, *SCORES), dtypes, options, values, layouts, factors=3)
     sizes = (*_lengths(op, lengths, keys), ints(op, "features", features))
-    return _attention(checked, *sizes, None, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast)
+    chosen = chosen_of(op, exclusive, windows, scales)
+    return _attention(checked, *sizes, None, _head_pairs(op, heads), _batch_shapes(op, batches), broadcast, chosen)
 
 
 @st.composite
@@ -128,6 +138,7 @@ def _attention(
     heads: tuple[tuple[int, int], ...],
     batches: tuple[Shape | None, ...],
     broadcast: bool,
+    chosen: "Chosen",
 ) -> Case:
     """Draw attention, or without value features its weights."""
     source = Source(draw, limits)
@@ -144,7 +155,7 @@ def _attention(
         shapes = [(*lead, *end) for lead, end in zip(leading, [(hq, rows), *[(hkv, keys)] * (count - 1)], strict=True)]
         scores = (*batch, hq, rows, keys)
     arrays = tuple(source.array(*shape, width) for shape, width in zip(shapes, widths, strict=True))
-    return source.case(arrays, _options(source, scores, batch or (), hq, broadcast))
+    return source.case(arrays, options_of(source, scores, batch or (), hq, broadcast, chosen))
 
 
 def multi_head_attention(
@@ -158,6 +169,9 @@ def multi_head_attention(
     projections: Iterable[str] = ("none", "packed", "separate"),
     dtypes: Iterable[str] = ("float64",),
     options: Iterable[str] | None = None,
+    exclusive: Iterable[Iterable[str]] = (),
+    windows: Iterable[Sequence[int | None]] | None = None,
+    scales: Iterable[float] | None = None,
     values: str = "normal",
     layouts: Iterable[str] = ("contiguous",),
 ) -> Strategy:
@@ -165,7 +179,7 @@ def multi_head_attention(
 
     Parameters
     ----------
-    lengths, keys, broadcast, dtypes, values, layouts
+    lengths, keys, broadcast, dtypes, exclusive, windows, scales, values, layouts
         As for `scaled_dot_product_attention`.
     features : ints
         Features of a head; with separate projections, also those of query, key, value and output.
@@ -192,7 +206,7 @@ def multi_head_attention(
     """
     op = "multi_head_attention"
     parts = ("in_proj_bias", "bias_k", "out_proj.bias")
-    known = (*_HIDING, *_SCORES, *_DROPOUT, "num_kv_heads", "add_zero_attn", *parts)
+    known = (*HIDING, *SCORES, *DROPOUT, "num_kv_heads", "add_zero_attn", *parts)
     return _multi_head(
         limits_of(op, known, dtypes, options, values, layouts, factors=6),
         *_lengths(op, lengths, keys),
@@ -201,6 +215,7 @@ def multi_head_attention(
         shapes(op, "batches", batches),
         broadcast,
         among(op, "projections", some(op, "projections", projections), ("none", "packed", "separate")),
+        chosen_of(op, exclusive, windows, scales),
     )
 
 
@@ -215,6 +230,7 @@ def _multi_head(
     batches: tuple[Shape, ...],
     broadcast: bool,
     projections: tuple[str, ...],
+    chosen: "Chosen",
 ) -> Case:
     source = Source(draw, limits)
     rows, keys, batch = source.size(lengths), source.size(key_lengths), source.size(batches)
@@ -238,7 +254,7 @@ def _multi_head(
         appended += options["add_zero_attn"]
     shapes = zip(_leading(source, batch, 3, broadcast), (rows, keys, keys), widths, strict=True)
     arrays = tuple(source.array(*lead, length, width) for lead, length, width in shapes)
-    options |= _options(source, (*batch, hq, rows, keys), batch, hq, broadcast, appended)
+    options |= options_of(source, (*batch, hq, rows, keys), batch, hq, broadcast, chosen, appended)
     return source.case((*arrays, params), options)
 
 
@@ -258,45 +274,6 @@ def _parameters(
     if source.has("out_proj.bias", 2):
         shapes["out_proj.bias"] = (out,)
     return {name: source.array(*shape) for name, shape in shapes.items()}
-
-
-def _offset(source: Source, shape: Shape) -> Any:
-    """Draw the position of query 0: one for all, one for each batch entry, or aligned at the ends."""
-    kind = source.pick(["one", "each", "end"])
-    if kind == "each":
-        return _integers(source, shape, -4, 4)
-    return kind if kind == "end" else source.pick([0, 1, -1, 2, -2, 4, -4])
-
-
-def _options(
-    source: Source, scores: Shape, batch: Shape, heads: int, broadcast: bool, appended: int = 0
-) -> dict[str, Any]:
-    """Draw the options that all kinds of attention share; `appended` keys lie beyond those of the scores."""
-    weights = (*scores[:-1], scores[-1] + appended)
-    sides = [0, None, 2]
-    draws: dict[str, Callable[[], Any]] = {
-        "bias": lambda: _bias(source, _reduced(source, scores, broadcast)),
-        "mask": lambda: _mask(source, _reduced(source, scores, broadcast), [0.9, 0.5, 0.0]),
-        "is_causal": lambda: not source.rarely(),
-        "window": lambda: source.sequence(
-            source.pick([[2, -1], [-1, None]]) if source.rarely() else [source.pick(sides), source.pick(sides)]
-        ),
-        "query_offset": lambda: _offset(source, _reduced(source, batch, broadcast)),
-        "query_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-2]),
-        "key_lengths": lambda: _integers(source, _reduced(source, batch, broadcast), 0, scores[-1]),
-        "sink": lambda: source.array(heads),
-        "scale": lambda: source.pick([1, 0.25, -0.5, 0.0]),
-        "softcap": lambda: source.pick([1, 0.5, 30.0]),
-        "dropout_mask": lambda: _mask(source, _reduced(source, weights, broadcast), [0.7, 1.0, 0.0]),
-        "dropout_p": lambda: source.pick([0.25, 0.5, 0.0]),
-    }
-    masked = "dropout_mask" in source.limits.options
-    known = [name for name in draws if name in source.limits.options and (masked or name != "dropout_p")]
-    count = source.draw(st.integers(0, min(len(known), 6)))
-    names = source.draw(st.lists(st.sampled_from(known), unique=True, min_size=count, max_size=count)) if count else []
-    if "dropout_p" in names and "dropout_mask" not in names:
-        names.append("dropout_mask")
-    return {name: draws[name]() for name in draws if name in names}
 
 
 def _lengths(op: str, lengths: Ints, keys: Ints | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -321,33 +298,7 @@ def _batch_shapes(op: str, batches: Iterable[Shape | None]) -> tuple[Shape | Non
     return result
 
 
-def _bias(source: Source, shape: Shape) -> Array:
-    """Draw a bias that may hide pairs."""
-    bias = source.contents(shape)
-    if not source.rarely(3):
-        bias[source.rng().random(shape) < 0.3] = -math.inf
-    return source.lay_out(bias)
-
-
-def _mask(source: Source, shape: Shape, densities: Sequence[float]) -> Array:
-    return source.lay_out(np.asarray(source.rng().random(shape) < source.pick(densities)))
-
-
-def _integers(source: Source, shape: Shape, low: int, high: int) -> Array:
-    """Draw an integer array, its bounds included."""
-    numbers = np.asarray(source.rng().integers(low, high + 1, size=shape))
-    return source.lay_out(numbers.astype(source.pick([np.int64, np.int32])))
-
-
 def _leading(source: Source, batch: Shape, count: int, broadcast: bool) -> list[Shape]:
     """Draw the batch dimensions of so many arrays, of which one has all."""
     full = source.pick(range(count))
-    return [batch if i == full else _reduced(source, batch, broadcast) for i in range(count)]
-
-
-def _reduced(source: Source, shape: Shape, broadcast: bool) -> Shape:
-    """Draw a shape that broadcasts to another."""
-    if not broadcast or not source.flag():
-        return shape
-    start = source.draw(st.integers(0, len(shape)))
-    return tuple(1 if source.flag() else n for n in shape[start:])
+    return [batch if i == full else reduced(source, batch, broadcast) for i in range(count)]
