@@ -257,9 +257,9 @@ def taps_or_windows(windows: AnyWindows, outputs: Tile) -> Iterator[tuple[Tile, 
     if math.prod(len(range(e.start, e.stop, e.step or 1)) for e in elements) <= math.prod(backend.sizes_of(outputs)):
         yield from ((reads, writes) for _, reads, writes in taps(windows, outputs))
         return
-    for at in itertools.product(*(range(o.stop - o.start) for o in outputs)):
-        places = [(window, i, o.start + i) for window, i, o in zip(windows, at, outputs, strict=True)]
-        yield tuple(w.elements(o) for w, _, o in places), tuple(slice(i, i + 1) for _, i, _ in places)
+    for at in itertools.product(*(range(o.start, o.stop) for o in outputs)):
+        one = tuple(slice(i, i + 1) for i in at)
+        yield _elements_of(windows, one), tuple(map(within, one, outputs))
 
 
 def _flat_indices(be: Backend, windows: AnyWindows, reads: Tile) -> Array:

@@ -103,9 +103,14 @@ def _gradients_of_tile(
             size(product),
             1.0 + 0.0 * product,
         )
-    dquery, dkey = _of_query_and_key(model, call, dout, tile, keys, of, seen, inputs)
-    dvalue = None if call.value is None else (*_of_value(model, call, dout, tile, rows, of.common, inputs), terms[1])
-    return [(*dquery, terms[0]), (*dkey, terms[1]), dvalue, dbias, dsink]
+    summed = [slice_of(array, tile) for array in ((call.query,) if call.value is None else (call.query, dout))]
+    growth = model.of_equal_rows(*summed)  # of the errors of sums over the rows of the tile
+    dquery, (of_dk, dk) = _of_query_and_key(model, call, tile, keys, of, seen, inputs)
+    dvalue = None
+    if call.value is not None:
+        of_dv, dv = _of_value(model, call, dout, tile, rows, of.common, inputs)
+        dvalue = (growth * of_dv, dv, terms[1])
+    return [(*dquery, terms[0]), (growth * of_dk, dk, terms[1]), dvalue, dbias, dsink]
 
 
 def _of_scores(
@@ -183,7 +188,6 @@ def _of_weights(
 def _of_query_and_key(
     model: Model,
     call: AttentionCall,
-    dout: Array,
     tile: Tile,
     keys: slice,
     of: _OfScores,
@@ -205,7 +209,7 @@ def _of_query_and_key(
     if inputs.key is not None and inputs.query is not None:
         dquery = dquery + factor * (off @ slice_of(inputs.key, (*tile[:-1], keys)))
         dkey = dkey + factor * (transpose(off) @ slice_of(inputs.query, tile))
-    return (dquery, of_q), (_growth(model, call, q, dout, tile) * dkey, of_k)
+    return (dquery, of_q), (dkey, of_k)
 
 
 def _of_value(
@@ -221,10 +225,4 @@ def _of_value(
     error = transpose(terms) @ size(do)
     if inputs.dout is not None:
         error = error + transpose(model.grown(kept, terms)) @ slice_of(inputs.dout, tile)
-    growth = _growth(model, call, slice_of(call.query, tile), dout, tile)
-    return growth * error, transpose(kept) @ size(do)
-
-
-def _growth(model: Model, call: AttentionCall, q: Array, dout: Array, tile: Tile) -> Array | float:
-    """Return by what the errors of sums over the rows of the tile grow where its rows are equal."""
-    return model.of_equal_rows(*([q] if call.value is None else [q, slice_of(dout, tile)]))
+    return error, transpose(kept) @ size(do)
